@@ -1,0 +1,145 @@
+"""A Bundle is what training is for: encoder, distance, preprocessing and threshold, in one file, without Lightning or Hydra.
+
+model = Bundle.load("logs/train/runs/<stamp>/bundle.safetensors")      # or any checkpoint of a run
+embeddings = model.embed(images)                                       # uint8 [N, C, H, W] -> float [N, D]
+same = model.scores(embeddings[:1], embeddings[1:]) >= model.threshold
+"""
+
+import importlib
+import json
+import os
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from siamese.distances import scores
+
+_TRUSTED = ("siamese", "pytorch_metric_learning")
+
+
+class Standardize(nn.Module):
+    """Inputs as the encoder wants them: uint8 becomes 0..1, then (input - mean) / std per channel (the second dimension)."""
+
+    def __init__(self, mean: list[float] = (0.0,), std: list[float] = (1.0,)):
+        super().__init__()
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
+        shape = (1, -1, *[1] * (inputs.dim() - 2))
+        return (inputs - inputs.new_tensor(self.mean).view(shape)) / inputs.new_tensor(self.std).view(shape)
+
+
+class Bundle(nn.Module):
+    """Everything needed to embed and decide.
+
+    Args:
+        parts: `encoder`, `distance` and `preprocessing`, each a plain `{"_target_": "module.Class", **arguments}`.
+        threshold: the score from which two inputs count as the same, fitted on validation classes.
+        config: the configuration it was trained with, plain values.
+        trust: packages, besides this one and pytorch-metric-learning, whose classes may be built from `parts`.
+
+    Raises:
+        ValueError: a part names a class that is not a torch module of a trusted package, or its arguments do not fit.
+    """
+
+    def __init__(self, parts: dict, threshold: float | None = None, config: dict | None = None, trust: tuple[str, ...] = ()):
+        super().__init__()
+        self.parts, self.threshold, self.config = parts, threshold, config or {}
+        self.encoder = _construct(parts["encoder"], trust)
+        self.distance = _construct(parts["distance"], trust)
+        self.preprocessing = _construct(parts["preprocessing"], trust)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """uint8 or float [B, ...] -> float32 [B, D] embeddings."""
+        return self.encoder(self.preprocessing(inputs)).float()
+
+    @torch.no_grad()
+    def embed(self, inputs: Tensor, batch_size: int = 512) -> Tensor:
+        """[N, ...] -> float32 [N, D] on the CPU, in evaluation mode, batch by batch."""
+        was_training, device = self.training, next((p.device for p in self.parameters()), torch.device("cpu"))
+        self.eval()
+        embeddings = torch.cat([self(batch.to(device)).cpu() for batch in inputs.split(batch_size)])
+        self.train(was_training)
+        return embeddings
+
+    @torch.no_grad()
+    def scores(self, query: Tensor, gallery: Tensor) -> Tensor:
+        """[Q, D] and [G, D] embeddings -> [Q, G] scores; higher is more alike."""
+        return scores(self.distance, query, gallery)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write one .safetensors file, atomically."""
+        metadata = {"bundle": json.dumps({"parts": self.parts, "threshold": self.threshold, "config": self.config})}
+        partial = f"{path}.part"
+        safetensors.torch.save_file({k: v.contiguous() for k, v in self.state_dict().items()}, partial, metadata)
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, trust: tuple[str, ...] = ()) -> "Bundle":
+        """Read a bundle, or the model of a training checkpoint (`best.ckpt`). Nothing is unpickled but tensors and plain values.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file is damaged, or no bundle; or it names a class that is not trusted.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"there is no checkpoint {path}")
+        if Path(path).suffix == ".safetensors":
+            try:
+                with safetensors.safe_open(path, framework="pt") as file:
+                    saved = json.loads(file.metadata()["bundle"])
+                    state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
+                raise ValueError(f"{path} is damaged or not a bundle: {error}") from error
+        else:
+            checkpoint = load_checkpoint(path)
+            saved = {"parts": checkpoint["parts"], "threshold": None, "config": checkpoint["config"]}
+            state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
+        parts = saved["parts"]
+        if "pretrained" in parts["encoder"]:  # the weights are in this file: nothing to download
+            parts = {**parts, "encoder": {**parts["encoder"], "pretrained": False}}
+        bundle = cls(parts, saved["threshold"], saved["config"], trust)
+        try:
+            bundle.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {path} do not fit its own encoder: {error}") from error
+        return bundle
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict:
+    """A training checkpoint of this project as plain values and tensors, on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, holds more than tensors and plain values, or was written by something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no checkpoint {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error type of its own: zip, pickle, EOF, runtime errors all come
+        reason = str(error).partition("\n")[0][:120] or type(error).__name__
+        raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
+    if not isinstance(checkpoint, dict) or not {"parts", "state_dict", "config"} <= checkpoint.keys():
+        raise ValueError(f"{path} is a checkpoint, but not one that train.py wrote: it has no parts, state_dict and config")
+    return checkpoint
+
+
+def _construct(part: dict, trust: tuple[str, ...]) -> nn.Module:
+    """Build a torch module from its target: a class defined in a trusted package, and nothing else that Python can reach."""
+    arguments = {name: value for name, value in part.items() if name != "_target_"}
+    module, _, name = str(part["_target_"]).rpartition(".")
+    package = module.partition(".")[0]
+    if package not in (*_TRUSTED, *trust):
+        raise ValueError(f"{part['_target_']} is of the package {package!r}, which is not trusted to be built from a file")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"there is no class {part['_target_']}: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__.partition(".")[0] == package):
+        raise ValueError(f"{part['_target_']} is not a torch module of the package {package!r}")
+    return kind(**arguments)

@@ -1,0 +1,65 @@
+"""Judge a model on classes it has never seen, and set the rows beside it that tell an easy data set from a good model."""
+
+import logging
+from collections.abc import Iterator
+
+import torch
+
+from siamese.bundle import Bundle
+from siamese.data.samples import Samples
+from siamese.evaluation import EvaluationResult, evaluate, oneshot_error
+
+log = logging.getLogger(__name__)
+
+
+def judge(model: Bundle, data, test: bool = True) -> dict[str, EvaluationResult]:
+    """`val`, and with `test` also `test`, whose accuracy uses the threshold that was fitted on `val`.
+
+    Args:
+        model: its threshold is set to the one fitted on validation.
+        data: has `val`, `test` and `source`, as `SiameseData` does.
+        test: False never touches the test split.
+    """
+    results = {"val": _judge(model, data.val, None)}
+    model.threshold = results["val"].figures["threshold"]
+    if test:
+        results["test"] = _judge(model, data.test, model.threshold)
+        runs = [_embed_run(model, *run) for run in data.source.oneshot_runs()]
+        if runs:
+            results["test"].figures["omniglot_error"] = oneshot_error(runs, model.distance)
+    return results
+
+
+def raw(model: Bundle, input_shape: tuple[int, ...]) -> Bundle:
+    """The inputs themselves as embeddings, under the model's distance."""
+    return Bundle(
+        {
+            "encoder": {"_target_": "siamese.encoders.Flatten", "input_shape": input_shape},
+            "distance": model.parts["distance"],
+            "preprocessing": {"_target_": "siamese.bundle.Standardize"},
+        }
+    )
+
+
+def last_as(row: str, results: dict[str, EvaluationResult]) -> dict[str, EvaluationResult]:
+    """The last split judged, under the name of a row such as `untrained`."""
+    return {row: list(results.values())[-1]}
+
+
+def _judge(model: Bundle, samples: Samples, threshold: float | None) -> EvaluationResult:
+    embeddings = model.embed(samples.inputs)
+    names = {"ids": samples.ids, "class_names": samples.class_names}
+    return evaluate(embeddings, samples.labels, model.distance, threshold=threshold, **names)
+
+
+def _embed_run(model: Bundle, queries: Samples, supports: Samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    place = {int(label): row for row, label in enumerate(supports.labels)}
+    answer = torch.tensor([place[int(label)] for label in queries.labels])
+    return model.embed(queries.inputs), model.embed(supports.inputs), answer
+
+
+def figures(results: dict[str, EvaluationResult]) -> Iterator[tuple[str, float]]:
+    """All figures under their contract names: `test/recall_at_1`."""
+    for prefix, result in results.items():
+        for name, value in result.figures.items():
+            yield f"{prefix}/{name}", value
