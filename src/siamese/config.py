@@ -1,0 +1,338 @@
+"""Compose a configuration, check it before anything heavy is imported, and build what it names.
+
+The only file besides the entry points that knows Hydra: everything below is given plain values.
+"""
+
+import contextlib
+import difflib
+import functools
+import inspect
+import itertools
+import logging
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import CompactHydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+ROOT = Path(__file__).resolve().parents[2]
+CONF = ROOT / "conf"
+os.environ.setdefault("SIAMESE_DATA_DIR", str(ROOT / "data"))
+
+# Keys of a group's YAML that tell us something and are no arguments of its `_target_`.
+NO_ARGUMENTS = {"loss": ("goes_with", "lr"), "distance": ("name",)}
+# May be a word where the default is a number: devices=auto.
+_ANY_TYPE = ("trainer.devices",)
+_CHECKED_JOBS = 100
+
+log = logging.getLogger(__name__)
+
+
+class InputError(Exception):
+    """What the user gave cannot be used: one or two lines that name the key or file, and the remedy."""
+
+
+def launch(task: Callable[[dict], dict], config_name: str) -> None:
+    """Run `task(config)` under Hydra; bad input ends in one or two lines and exit code 1, with HYDRA_FULL_ERROR=1 in a traceback."""
+    full = os.environ.pop("HYDRA_FULL_ERROR", "0") == "1"
+
+    def job(cfg: DictConfig) -> float | None:
+        runtime = HydraConfig.get()
+        try:
+            config = check(cfg, dict(runtime.runtime.choices), list(runtime.overrides.task), config_name)
+            config["paths"]["output_dir"] = runtime.runtime.output_dir
+            sweep = runtime.mode is not None and runtime.mode.name == "MULTIRUN"
+            if sweep and any(o.startswith("paths.output_dir=") for o in config["overrides"]):
+                raise InputError("paths.output_dir is one run's directory: for a sweep say hydra.sweep.dir=DIR")
+            config["sweep"] = Path(runtime.sweep.dir).name if sweep else None
+            figures = task(config)
+        except Exception as error:
+            if sweep_goes_on(error):
+                log.error("job failed: %s", error)
+            raise
+        return figures.get(config.get("optimized_metric"))
+
+    def sweep_goes_on(error: Exception) -> bool:
+        return HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN" and isinstance(error, InputError)
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing them
+    try:
+        preflight(sys.argv[1:], config_name)
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    except (InputError, CompactHydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        known = isinstance(error, InputError) or not _raised_by_job(error)
+        if full or not known:
+            raise
+        sys.exit(f"error: {explain(error, sys.argv[1:], config_name)}")
+    finally:
+        os.environ.pop("HYDRA_FULL_ERROR")
+
+
+def _raised_by_job(error: BaseException) -> bool:
+    """Did this come out of the task itself (a bug, then: show all of it), not out of Hydra around it?"""
+    trace, names = error.__traceback__, []
+    while trace:
+        names.append(trace.tb_frame.f_code.co_name)
+        trace = trace.tb_next
+    return "job" in names
+
+
+def compose(overrides: list[str] | None = None, config_name: str = "train") -> dict:
+    """The checked configuration as plain values, as the entry points see it.
+
+    Raises:
+        InputError: in one or two lines, what is wrong with the overrides.
+    """
+    overrides = overrides or []
+    try:
+        cfg = _compose(overrides, config_name)
+        return check(cfg, dict(cfg.hydra.runtime.choices), overrides, config_name)
+    except (CompactHydraException, OmegaConfBaseException, ValueError) as error:
+        raise InputError(explain(error, overrides, config_name)) from error
+
+
+def _compose(overrides: list[str], config_name: str) -> DictConfig:
+    if GlobalHydra.instance().is_initialized():  # within a job
+        return hydra.compose(config_name, overrides, return_hydra_config=True)
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        return hydra.compose(config_name, overrides, return_hydra_config=True)
+
+
+def preflight(arguments: list[str], config_name: str) -> None:
+    """Check every job of a command line before the first one starts, so that bad input leaves no directory behind."""
+    flags = [a for a in arguments if a.startswith("-")]
+    if set(flags) - {"-m", "--multirun"}:
+        return  # --help, --cfg, --config-dir ...: Hydra's business
+    overrides = [a for a in arguments if not a.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    mine = [o for o in parsed if not o.key_or_group.startswith("hydra")]
+    if not flags:
+        jobs = [[o.input_line for o in mine]]
+    elif all(o.is_discrete_sweep() for o in mine if o.is_sweep_override()):
+        choices = [
+            [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line] for o in mine
+        ]
+        jobs = [list(job) for job in itertools.islice(itertools.product(*choices), _CHECKED_JOBS)]
+    else:
+        return  # intervals: the sweeper draws the jobs, each is checked when it starts
+    for job in jobs:
+        compose(job, config_name)
+
+
+def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config_name: str) -> dict:
+    """Refuse what cannot work, in a sentence, and resolve the rest to plain values.
+
+    `choices` and `overrides` stand in the result beside the groups, as does `sweep`, the stamp of a multirun.
+    """
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    choices = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
+    if config_name == "train":
+        _check_combination(cfg, choices)
+    _check_types(cfg, choices, overrides, config_name)
+    config = OmegaConf.to_container(cfg, resolve=True)
+    for key, path in (("ckpt", config["ckpt"]), ("init_from", config.get("init_from"))):
+        if path and not Path(path).is_file():
+            raise InputError(f"{key}={path}: there is no such file")
+    if config["ckpt"] and config.get("init_from"):
+        raise InputError("ckpt= resumes a run with everything, init_from= takes weights only: give one of them")
+    path = config["dataset"].get("path")
+    if path is not None and not Path(path).exists():
+        remedy = f"python scripts/download.py {choices['dataset']}" if choices["dataset"] == "omniglot" else "check the path"
+        raise InputError(
+            f"dataset.path: there is no {path}. Fetch it ({remedy}), or say where it lies: SIAMESE_DATA_DIR=DIR or dataset.path=DIR"
+        )
+    return {**config, "choices": choices, "overrides": overrides, "sweep": None}
+
+
+def on_the_sphere(distance: dict) -> bool:
+    """Cosine and normalised Euclidean distance rank alike: for what a loss accepts they are one family."""
+    return distance["name"] == "cosine" or (distance["name"] == "euclidean" and distance["normalize_embeddings"])
+
+
+def _check_combination(cfg: DictConfig, choices: dict[str, str]) -> None:
+    loss, sampling, distance = choices["loss"], choices["sampling"], cfg.distance
+    accepts = cfg.loss.goes_with
+    if sampling not in accepts.sampling:
+        others = [name for name in available("loss") if sampling in _read("loss", name).goes_with.sampling]
+        why = "needs the classes of a balanced batch" if accepts.sampling == ["balanced"] else "finds no tuples it can use there"
+        raise InputError(
+            f"loss={loss} does not go with sampling={sampling}: it {why}. "
+            f"Use sampling={' or sampling='.join(accepts.sampling)}, or loss={' or loss='.join(others)}"
+        )
+    if distance.name not in accepts.distance and not ("cosine" in accepts.distance and on_the_sphere(distance)):
+        named = distance.name if distance.name == "cosine" or distance.normalize_embeddings else f"{distance.name} without normalisation"
+        raise InputError(f"loss={loss} is not defined for distance={named}: use distance={' or distance='.join(accepts.distance)}")
+
+
+def _check_types(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config_name: str) -> None:
+    """A number in the YAML stays a number, a switch a switch: found here, not in the first training step."""
+    values = [o for o in overrides if "." in o.partition("=")[0] or o.partition("=")[0].lstrip("+~") not in choices]
+    if not values:
+        return
+    shipped = _leaves(_compose([o for o in overrides if o not in values], config_name))
+    for key, value in _leaves(cfg).items():
+        expected = shipped.get(key)
+        if expected is None or key in _ANY_TYPE or not isinstance(expected, (bool, int, float)):
+            continue
+        wanted, kinds = {bool: ("true or false", bool), int: ("a whole number", int), float: ("a number", (int, float))}[type(expected)]
+        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(expected, bool)):
+            raise InputError(
+                f"{key}={value} must be {wanted}, as in {key}={str(expected).lower() if isinstance(expected, bool) else expected}"
+            )
+
+
+def _leaves(node, prefix: str = "") -> dict[str, object]:
+    """Dotted key -> value, lists as values; what cannot be resolved (Hydra's own, by day of time) is left out."""
+    leaves = {}
+    for key in node:
+        if prefix == "" and key == "hydra":
+            continue
+        try:
+            value = node[key]
+        except OmegaConfBaseException:
+            continue
+        leaves.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else {f"{prefix}{key}": value})
+    return leaves
+
+
+def available(group: str) -> list[str]:
+    """The choices of a group, as after `loss=`."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@functools.cache
+def _read(group: str, name: str) -> DictConfig:
+    return OmegaConf.load(CONF / group / f"{name}.yaml")
+
+
+def explain(error: Exception, arguments: list[str], config_name: str) -> str:
+    """One or two lines for what Hydra says in ten, with the nearest choice or key."""
+    text = str(error)
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        return f"{group}={choice} is not a choice: {_near(choice, error.options)}\n{group} is one of {', '.join(error.options)}"
+    if "Config group override must be a string or a list" in text:
+        for argument in arguments:
+            group, _, choice = argument.partition("=")
+            if (CONF / group).is_dir() and not re.match(r"[A-Za-z]", choice.replace("null", "")):
+                return (
+                    f"{argument} is not a choice: say {group}=none"
+                    if "none" in available(group)
+                    else f"{argument}: {group} cannot be left out"
+                )
+    if found := re.search(r"Could not override '([^']+)'", text):
+        return _explain_key(found[1].partition("@")[0], arguments, config_name)
+    if isinstance(error, OSError):
+        return f"{error.filename or 'the output directory'} cannot be written: {error.strerror or text}. Say paths.output_dir=DIR"
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
+
+
+def _explain_key(key: str, arguments: list[str], config_name: str) -> str:
+    """A key that nothing has: the nearest one in this configuration, or in another choice of the same group."""
+    node, _, name = key.rpartition(".")
+    others = [a for a in arguments if not a.startswith("-") and a.lstrip("+~").partition("=")[0] != key and "," not in a]
+    keys = {path.name for path in CONF.iterdir() if path.is_dir()} if not node else set()
+    with contextlib.suppress(Exception):
+        keys |= set(_leaves(_compose(others, config_name)))
+    keys = {k for k in keys if not k.endswith("._target_")}
+    siblings = sorted(k for k in keys if k.rpartition(".")[0] == node)
+    if not difflib.get_close_matches(key, siblings, n=1, cutoff=0.8) and (CONF / node).is_dir() and node:
+        for choice in available(node):
+            if near := difflib.get_close_matches(name, list(_read(node, choice)), n=1, cutoff=0.7):
+                there = f"; here there are {', '.join(siblings)}" if siblings else ""
+                return f"{key} is not a key of this configuration: did you mean {node}.{near[0]}, which {node}={choice} has?{there}"
+    near = _near(key, siblings or sorted(keys))
+    return f"{key} is not a key of this configuration: {near}" + (f"\nthere are {', '.join(siblings)}" if siblings else "")
+
+
+def _near(word: str, words: list[str]) -> str:
+    near = difflib.get_close_matches(word, list(words), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else "see --help for what there is"
+
+
+def resolve(config: dict, group: str) -> dict | None:
+    """A group's node as `{"_target_": ..., **arguments}`; None for `none`."""
+    node = {key: value for key, value in config[group].items() if key not in NO_ARGUMENTS.get(group, ())}
+    return node if "_target_" in node else None
+
+
+def fitting(node: dict, name: str, offered: dict) -> dict:
+    """Those of `offered`, which come by themselves (shapes, counts, objects), that the node's target takes and the node leaves open.
+
+    Raises:
+        InputError: a key that the target does not take, with the nearest that it does.
+    """
+    with as_input_error(name):
+        takes = accepted(hydra.utils.get_object(node["_target_"]))
+    if takes is None:
+        return {key: value for key, value in offered.items() if key not in node}
+    for key in node.keys() - {"_target_"} - takes:
+        raise InputError(f"{name}.{key}: {node['_target_']} takes no such argument: {_near(key, sorted(takes))}")
+    return {key: value for key, value in offered.items() if key in takes and key not in node}
+
+
+def construct(node: dict, name: str, /, **offered):
+    """Call a node's target with its arguments and those of `offered` that fit, by reference: nothing is copied.
+
+    Raises:
+        InputError: the target refuses its arguments.
+    """
+    fits = fitting(node, name, offered)
+    with as_input_error(name):
+        return hydra.utils.instantiate({**node, "_partial_": True}, _convert_="all")(**fits)
+
+
+def build(config: dict, group: str, /, **offered):
+    """Construct what a group names; None for `none`."""
+    node = resolve(config, group)
+    return None if node is None else construct(node, group, **offered)
+
+
+def partial(config: dict, group: str) -> Callable | None:
+    """Like `build`, but waits for the arguments that come later (parameters, optimizer, samples)."""
+    node = resolve(config, group)
+    if node is None:
+        return None
+    fitting(node, group, {})
+    with as_input_error(group):
+        return hydra.utils.instantiate({**node, "_partial_": True}, _convert_="all")
+
+
+@contextlib.contextmanager
+def as_input_error(name: str):
+    """While things are built from the configuration, what they refuse is the user's to mend."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        text = str(error).strip().partition("\n")[0]
+        if not isinstance(error, (ValueError, OSError)):  # perhaps a bug in a user's own class
+            text = f"{type(error).__name__}: {text} (HYDRA_FULL_ERROR=1 shows where)"
+        raise InputError(f"{name}: {text}") from error
+
+
+def accepted(target: Callable) -> set[str] | None:
+    """Names of the arguments a function or class takes, through the `**kwargs` of its parents; None when it takes any."""
+    if not isinstance(target, type):
+        parameters = inspect.signature(target).parameters
+        return None if any(p.kind is p.VAR_KEYWORD for p in parameters.values()) else set(parameters)
+    names: set[str] = set()
+    for parent in target.__mro__:
+        if "__init__" not in vars(parent) or parent is object:
+            continue
+        parameters = inspect.signature(parent.__init__).parameters.values()
+        names |= {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - {"self"}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return names

@@ -1,0 +1,69 @@
+"""The LightningDataModule: a source's splits, and the loaders that cut them into batches."""
+
+from collections.abc import Callable
+from functools import cached_property
+
+import lightning.pytorch as L
+import torch
+from torch.utils.data import DataLoader
+
+from siamese.data import sampling
+from siamese.data.samples import Samples, Source
+
+_BATCH = 512
+
+
+class SiameseData(L.LightningDataModule):
+    """Splits are read when first asked for: a run with `test=false` never touches the test split.
+
+    Args:
+        source: where the splits come from.
+        loader: makes the training loader, `loader(samples=..., seed=...)`: one of `siamese.data.sampling`.
+        seed: of the batches.
+    """
+
+    def __init__(self, source: Source, loader: Callable[..., DataLoader], seed: int = 0):
+        super().__init__()
+        self.source, self.loader, self.seed = source, loader, seed
+
+    @cached_property
+    def train(self) -> Samples:
+        return self.source.split("train")
+
+    @cached_property
+    def val(self) -> Samples:
+        return self.source.split("val")
+
+    @cached_property
+    def test(self) -> Samples:
+        return self.source.split("test")
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        return tuple(self.train.inputs.shape[1:])
+
+    def standardization(self) -> dict[str, list[float]]:
+        """Mean and standard deviation per channel of the training inputs, in the units the encoder sees (0..1 for images)."""
+        inputs = self.train.inputs
+        flat = inputs.transpose(0, 1).flatten(1).double() / (255 if inputs.dtype == torch.uint8 else 1)
+        return {"mean": flat.mean(1).tolist(), "std": flat.std(1).clamp(min=1e-6).tolist()}
+
+    @cached_property
+    def _training_loader(self) -> DataLoader:
+        return self.loader(samples=self.train, seed=self.seed)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the training loader, so that what it refuses comes to light before the trainer starts."""
+        _ = self._training_loader
+
+    def train_dataloader(self) -> DataLoader:
+        return self._training_loader
+
+    def val_dataloader(self) -> list[DataLoader]:
+        """All validation samples in order, to be embedded; where training forms its own tuples, the same fixed ones of validation too."""
+        order = torch.arange(len(self.val))
+        loaders = [DataLoader(self.val, sampler=list(order.split(_BATCH)), batch_size=None)]
+        if isinstance(self._training_loader.dataset, (sampling.PairDataset, sampling.TripletDataset)):
+            fixed = self.loader(samples=self.val, seed=0)
+            loaders.append(DataLoader(fixed.dataset, sampler=list(fixed.sampler), batch_size=None))
+        return loaders

@@ -1,0 +1,140 @@
+"""The LightningModule: one pass of the shared encoder, a miner, a loss, and a look at the health of the space."""
+
+import inspect
+import logging
+from collections.abc import Callable
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from pytorch_metric_learning.reducers import ThresholdReducer
+from torch import Tensor, nn
+
+from siamese.bundle import Bundle
+from siamese.data.samples import Batch
+from siamese.evaluation import evaluate
+
+log = logging.getLogger(__name__)
+
+
+class SiameseModule(L.LightningModule):
+    """Trains a `Bundle` with pytorch-metric-learning's losses and miners.
+
+    A batch that brings its tuples (pairs, triplets) uses them; otherwise the miner, if there is one, chooses tuples among
+    all that the labels allow. All end in the same call, `loss(embeddings, labels, tuples)`.
+
+    Args:
+        model: encoder, distance and preprocessing.
+        loss: a pytorch-metric-learning loss; its own weights, if it has any, are trained and saved too.
+        miner: a pytorch-metric-learning miner, or None.
+        augmentation: `augmentation(inputs, generator)` on each training batch, or None.
+        optimizer: makes the optimizer from parameter groups.
+        scheduler: makes the schedule, stepped after every batch, from the optimizer and those of `total_steps`, `T_max` and
+            `max_lr` that it takes; or None.
+        loss_lr: learning rate of the loss's own weights; None takes the optimizer's.
+        seed: with the step it decides the augmentation.
+        config: plain values, kept in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: Bundle,
+        loss: nn.Module,
+        miner: nn.Module | None = None,
+        augmentation: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+        optimizer: Callable = torch.optim.AdamW,
+        scheduler: Callable | None = None,
+        loss_lr: float | None = None,
+        seed: int = 0,
+        config: dict | None = None,
+    ):
+        super().__init__()
+        self.model, self.loss, self.miner, self.augmentation = model, loss, miner, augmentation
+        self.make_optimizer, self.make_scheduler, self.loss_lr, self.seed, self.config = optimizer, scheduler, loss_lr, seed, config or {}
+        self._val: list[tuple[Tensor, Tensor]] = []
+
+    def configure_optimizers(self):
+        groups = [{"params": list(self.model.parameters())}]
+        own = [p for p in self.loss.parameters() if all(p is not q for q in groups[0]["params"])]
+        if own:
+            groups.append({"params": own} if self.loss_lr is None else {"params": own, "lr": self.loss_lr})
+        optimizer = self.make_optimizer(groups)
+        if self.make_scheduler is None:
+            return optimizer
+        # What a schedule cannot know by itself, under the names that torch's schedules have for it.
+        steps = self.trainer.estimated_stepping_batches
+        offered = {"total_steps": steps, "T_max": steps, "max_lr": [group["lr"] for group in optimizer.param_groups]}
+        takes, given = inspect.signature(self.make_scheduler).parameters, getattr(self.make_scheduler, "keywords", {})
+        schedule = self.make_scheduler(optimizer, **{name: value for name, value in offered.items() if name in takes and name not in given})
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def tuples(self, batch: Batch, embeddings: Tensor) -> tuple[Tensor, ...] | None:
+        if batch.tuples is not None or self.miner is None:
+            return batch.tuples
+        return self.miner(embeddings, batch.labels)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        inputs = batch.inputs
+        if self.augmentation is not None:
+            entropy = np.random.SeedSequence([self.seed, self.global_step]).generate_state(1, np.uint64)[0] >> 1
+            inputs = self.augmentation(inputs, torch.Generator().manual_seed(int(entropy)))
+        embeddings = self.model(inputs)
+        logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
+        filters = [m for m in self.loss.modules() if isinstance(m, ThresholdReducer)]
+        for reducer in filters:
+            reducer.collect_stats = logged
+        # Distances between embeddings in bfloat16 keep two digits: mining and loss stay in single precision.
+        with torch.autocast(self.device.type, enabled=False):
+            tuples = self.tuples(batch, embeddings)
+            loss = self.loss(embeddings, batch.labels, tuples)
+            figures = health(embeddings.detach(), batch.labels, tuples, self.model.distance) if logged else {}
+        if logged and filters:
+            counted = sum(reducer.losses_size for reducer in filters)
+            figures["train/active_fraction"] = sum(reducer.num_past_filter for reducer in filters) / max(counted, 1)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs))
+        self.log_dict(figures, batch_size=len(inputs))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        embeddings = self.model(batch.inputs)
+        if dataloader_idx == 0:
+            self._val.append((embeddings.cpu(), batch.labels.cpu()))
+            return
+        with torch.autocast(self.device.type, enabled=False):
+            loss = self.loss(embeddings, batch.labels, batch.tuples)
+        self.log("val/loss", loss, batch_size=len(batch.inputs), add_dataloader_idx=False)
+
+    def on_validation_epoch_end(self) -> None:
+        embeddings, labels = (torch.cat(parts) for parts in zip(*self._val, strict=True))
+        self._val.clear()
+        figures = evaluate(embeddings, labels, self.model.distance, ways=()).figures
+        self.log_dict({f"val/{name}": float(value) for name, value in figures.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["parts"], checkpoint["config"] = self.model.parts, self.config
+
+
+@torch.no_grad()
+def health(embeddings: Tensor, labels: Tensor, tuples: tuple[Tensor, ...] | None, distance: nn.Module) -> dict[str, float]:
+    """What a falling loss does not tell: a collapsed space has loss 0 as a perfect one has, but no spread.
+
+    train/positive_distance, train/negative_distance: means over the pairs of the batch by the run's distance (of a
+        similarity such as cosine: 1 - similarity).
+    train/spread: 1 - the length of the mean unit embedding; 0 when all inputs land on one point, near 1 when they fill the sphere.
+    train/mined_tuples: how many triplets, or pairs, reached the loss.
+    train/mined_fraction: those as a share of all that the batch's labels allow.
+    """
+    matrix = distance(embeddings)
+    matrix = 1 - matrix if distance.is_inverted else matrix
+    same = labels[:, None] == labels
+    itself = torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    positives, negatives = same.sum(1) - 1, (~same).sum(1)
+    possible = int((positives * negatives).sum() if tuples is not None and len(tuples) == 3 else (positives + negatives).sum())
+    mined = possible if tuples is None else sum(len(part) for part in tuples[::2]) if len(tuples) == 4 else len(tuples[0])
+    return {
+        "train/positive_distance": matrix[same & ~itself].mean().item(),
+        "train/negative_distance": matrix[~same].mean().item(),
+        "train/spread": 1 - nn.functional.normalize(embeddings).mean(0).norm().item(),
+        "train/mined_tuples": float(mined),
+        "train/mined_fraction": mined / max(possible, 1),
+    }

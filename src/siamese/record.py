@@ -1,0 +1,79 @@
+"""What a run leaves behind: figures, results, where it came from, and the table at the end."""
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+
+from siamese.evaluation import EvaluationResult
+from siamese.judging import figures
+
+PACKAGES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "lightning",
+    "pytorch-metric-learning",
+    "torchmetrics",
+    "hydra-core",
+    "numpy",
+    "pillow",
+    "matplotlib",
+    "wandb",
+)
+_COLUMNS = ("recall_at_1", "map_at_r", "auc", "eer", "accuracy", "oneshot_5way", "oneshot_20way", "omniglot_error")
+_ROWS = {"raw": "raw input", "untrained": "untrained", "val": "validation", "test": "test"}
+
+
+def write_json(path: Path, content) -> None:
+    """Atomically: a reader sees the old file or the new one."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def write(directory: Path, results: dict[str, EvaluationResult], seconds: dict[str, float]) -> dict[str, float]:
+    """`metrics.json` (flat, final figures) and `results.npz` (all that judging found); gives back the figures."""
+    flat = {**dict(figures(results)), **{f"seconds/{name}": round(value, 2) for name, value in seconds.items()}}
+    EvaluationResult.save(results, directory / "results.npz")
+    write_json(directory / "metrics.json", flat)
+    return flat
+
+
+def provenance(repository: Path, fingerprints: dict[str, str]) -> dict:
+    """Git commit, whether the tree was dirty, package versions, and a fingerprint of the data."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain")
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if status is None else bool(status),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "data": fingerprints,
+    }
+
+
+def table(results: dict[str, EvaluationResult]):
+    """The final figures as a rich table that fits 80 columns: a row for each judged model, the untrained ones above."""
+    from rich import box
+    from rich.table import Table
+
+    shown = [name for name in _COLUMNS if any(name in result.figures for result in results.values())]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for heading in ["", *shown]:
+        table.add_column(heading.replace("_", "_\n", 1), justify="right" if heading else "left")
+    for prefix, label in _ROWS.items():
+        if prefix in results:
+            values = results[prefix].figures
+            cells = [f"{values[name]:.{2 if name == 'omniglot_error' else 4}f}" if name in values else "" for name in shown]
+            table.add_row(label, *cells, style="bold" if prefix == "test" else "")
+    return table

@@ -1,0 +1,182 @@
+"""Train a Siamese network, and judge it on classes it has never seen.
+
+    python train.py                                                      # letters of known scripts, judged on unknown ones
+    python train.py loss=triplet miner=semihard                          # swap a choice of any group in conf/
+    python train.py loss=triplet loss.margin=0.1 trainer.max_epochs=50   # or a value
+    python train.py -m loss=triplet,contrastive,supcon miner=semihard,hard   # a sweep: every combination, one run each
+    python train.py dataset=omniglot encoder=conv4 loss=triplet miner=semihard
+    python train.py sampling=pairs loss=contrastive distance=euclidean
+    python train.py sampling=triplets loss=triplet
+    python train.py ckpt=logs/train/runs/<stamp>/checkpoints/last.ckpt   # resume everything
+    python train.py init_from=logs/train/runs/<stamp>/checkpoints/best.ckpt  # take only the weights
+
+A run's directory, logs/train/runs/<stamp>/, holds metrics.json, results.npz, checkpoints/, bundle.safetensors and more.
+"""
+
+import sys
+
+from siamese.config import ROOT, InputError, as_input_error, build, construct, fitting, launch, partial, resolve
+
+
+def train(config: dict) -> dict[str, float]:
+    """One run, from a checked configuration of plain values to the figures of metrics.json."""
+    import logging
+    import os
+    import time
+    from pathlib import Path
+
+    import lightning.pytorch as L
+    from rich.console import Console
+
+    from siamese import judging, record
+    from siamese.bundle import Bundle, load_checkpoint
+    from siamese.data.module import SiameseData
+    from siamese.evaluation import FIGURES
+    from siamese.module import SiameseModule
+
+    log = logging.getLogger("train")
+    out, choices = Path(config["paths"]["output_dir"]), config["choices"]
+    if config["optimized_metric"] not in [f"val/{name}" for name in FIGURES]:
+        raise InputError(f"optimized_metric={config['optimized_metric']} is not computed: take one of val/{', val/'.join(FIGURES)}")
+    L.seed_everything(config["seed"], verbose=False)  # the weights; batches and augmentation have generators of their own
+
+    # Data, model, loss: what the configuration got wrong comes to light here, before anything long begins.
+    data = SiameseData(build(config, "dataset"), partial(config, "sampling"), config["seed"])
+    with as_input_error("dataset"):
+        classes, input_shape = len(data.train.class_names), data.input_shape
+        log.info("train on %s, validate on %s", data.train, data.val)
+    with as_input_error("sampling"):
+        data.setup()
+    encoder = resolve(config, "encoder")
+    parts = {
+        "encoder": {**encoder, **fitting(encoder, "encoder", {"input_shape": list(input_shape)})},
+        "distance": resolve(config, "distance"),
+        "preprocessing": {"_target_": "siamese.bundle.Standardize", **data.standardization()},
+    }
+    with as_input_error("encoder"):
+        model = Bundle(parts, trust=(parts["encoder"]["_target_"].partition(".")[0],))
+    # A loss that is defined for cosine alone keeps its own distance; the check has seen that the run's ranks alike.
+    offered = {"distance": model.distance} if config["distance"]["name"] in config["loss"]["goes_with"]["distance"] else {}
+    loss = build(config, "loss", num_classes=classes, embedding_size=model.encoder.embedding_size, **offered)
+    miner = build(config, "miner", distance=model.distance)
+    if miner is not None and choices["sampling"] != "balanced":
+        log.info("sampling=%s brings its own tuples: miner=%s is not used", choices["sampling"], choices["miner"])
+        miner = None
+    if config["ckpt"]:
+        with as_input_error("ckpt"):
+            if load_checkpoint(config["ckpt"])["parts"] != parts:
+                raise ValueError(f"{config['ckpt']} holds another encoder, distance or preprocessing than this command asks for")
+    if config["init_from"]:
+        with as_input_error("init_from"):
+            model.load_state_dict(Bundle.load(config["init_from"]).state_dict())
+    module = SiameseModule(
+        model,
+        loss,
+        miner,
+        augmentation=build(config, "augmentation"),
+        optimizer=partial(config, "optimizer"),
+        scheduler=partial(config, "scheduler"),
+        loss_lr=config["loss"].get("lr"),
+        seed=config["seed"],
+        config=config,
+    )
+    provenance = record.provenance(ROOT, {"train": data.train.fingerprint(), "val": data.val.fingerprint()})
+    record.write_json(out / "provenance.json", provenance)
+
+    seconds, crashed = {"fit": 0.0, "evaluate": 0.0}, True
+    try:
+        trainer, wandb_logger = make_trainer(config, provenance)
+        started = time.perf_counter()
+        untrained = {
+            **judging.last_as("raw", judging.judge(judging.raw(model, input_shape), data, config["test"])),
+            **judging.last_as("untrained", judging.judge(model, data, config["test"])),
+        }
+        seconds["evaluate"] += time.perf_counter() - started
+
+        started = time.perf_counter()
+        trainer.fit(module, data, ckpt_path=config["ckpt"], weights_only=True)
+        seconds["fit"] = time.perf_counter() - started
+
+        started = time.perf_counter()
+        model = Bundle.load(trainer.checkpoint_callback.best_model_path, trust=(parts["encoder"]["_target_"].partition(".")[0],))
+        results = {**untrained, **judging.judge(model, data, config["test"])}
+        model.save(out / "bundle.safetensors")
+        seconds["evaluate"] += time.perf_counter() - started
+        metrics = record.write(out, results, seconds)
+        if wandb_logger is not None:
+            from siamese.loggers import record_results
+
+            record_results(wandb_logger, results, metrics)
+        crashed = False
+    finally:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish(exit_code=int(crashed))
+
+    for note in list(results.values())[-1].notes:
+        log.info(note)
+    console = Console()
+    console.print(record.table(results))
+    log.info("figures, checkpoints and the bundle are in %s", os.path.relpath(out))
+    return metrics
+
+
+def make_trainer(config: dict, provenance: dict):
+    """The Lightning trainer with its callbacks and loggers, and the W&B logger by itself, None when there is none."""
+    import logging
+    import warnings
+
+    import torch
+    from lightning.fabric.utilities.warnings import PossibleUserWarning
+    from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+    from lightning.pytorch.loggers import CSVLogger
+
+    from siamese.callbacks import Health, ProgressBar, ValidateLastEpoch
+    from siamese.evaluation import higher_is_better
+
+    # What Lightning says of devices, workers and directories on every start tells a user of this template nothing.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=PossibleUserWarning)
+    warnings.filterwarnings("ignore", ".*(exists and is not empty|Experiment logs directory|LeafSpec).*")
+
+    out, metric = config["paths"]["output_dir"], config["optimized_metric"]
+    mode = "max" if higher_is_better(metric) else "min"
+    callbacks = [
+        ModelCheckpoint(f"{out}/checkpoints", "best", monitor=metric, mode=mode, save_last=True, enable_version_counter=False),
+        ValidateLastEpoch(),
+        Health(),
+        LearningRateMonitor("step"),
+        ProgressBar(),
+    ]
+    for name, node in config["callbacks"].items():
+        callbacks.append(construct(node, f"callbacks.{name}", monitor=metric, mode=mode))
+    csv = CSVLogger(out, name="", version="")
+    chosen = ("dataset", "encoder", "distance", "loss", "miner", "sampling")
+    name = "-".join(config["choices"][group] for group in chosen if config["choices"][group] != "none")
+    values = [o for o in config["overrides"] if "." in o.partition("=")[0] and not o.startswith("paths.")]
+    wandb_logger = build(
+        config,
+        "logger",
+        directory=out,
+        name=" ".join([name, f"seed={config['seed']}", *values]),
+        config={**config, "provenance": provenance},
+    )
+    node = config["trainer"]
+    if node.get("precision") == "auto":
+        cpu = torch.cpu.get_capabilities()
+        bf16 = torch.cuda.is_bf16_supported() if node["accelerator"] in ("gpu", "cuda") else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        node = {**node, "precision": "bf16-mixed" if bf16 else "32-true"}
+    trainer = construct(
+        node,
+        "trainer",
+        logger=[csv] if wandb_logger is None else [csv, wandb_logger],
+        callbacks=callbacks,
+        default_root_dir=out,
+        use_distributed_sampler=False,  # our samplers know what every rank gets
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+    return trainer, wandb_logger
+
+
+if __name__ == "__main__":
+    launch(train, "train")
