@@ -67,6 +67,9 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
     try:
         preflight(sys.argv[1:], config_name)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
+    except BrokenPipeError:  # the reader of --help | head has gone
+        sys.stderr.close()
+        sys.exit(1)
     except (InputError, CompactHydraException, OmegaConfBaseException, OSError, ValueError) as error:
         known = isinstance(error, InputError) or not _raised_by_job(error)
         if full or not known:

@@ -21,7 +21,7 @@ def wandb_logger(
         directory: the run's; all that W&B writes stays in it, so that copying it loses nothing.
         name: of the run.
         config: plain values.
-        project, group, tags: as in `wandb.init`.
+        project, group, tags: as in `wandb.init`; without a group the jobs of a sweep share its stamp.
     """
     os.environ["WANDB_DATA_DIR"] = str(Path(directory) / "wandb")  # tables would lie in the user's home otherwise
     os.environ.setdefault("WANDB_SILENT", "true")
@@ -40,7 +40,7 @@ def wandb_logger(
         name=name,
         save_dir=directory,
         project=project,
-        group=group,
+        group=group or config.get("sweep"),
         tags=tags,
         job_type="train",
         mode=mode,
