@@ -21,8 +21,9 @@ def evaluate(config: dict) -> dict[str, float]:
     from rich.console import Console
 
     from siamese import judging, record
-    from siamese.bundle import Bundle
+    from siamese.bundle import Bundle, construct_trusted
     from siamese.data.module import SiameseData
+    from siamese.data.samples import Source
 
     log = logging.getLogger("evaluate")
     out, ckpt = Path(config["paths"]["output_dir"]), config["ckpt"]
@@ -36,10 +37,11 @@ def evaluate(config: dict) -> dict[str, float]:
         if "dataset" not in groups and any(g.startswith("dataset.") for g in groups):
             raise InputError("the data set comes from the checkpoint: to change one of its values say dataset=NAME too")
         with as_input_error("ckpt"):
-            model = Bundle.load(ckpt)
-        if "dataset" not in groups:
-            config = {**config, "dataset": model.config["dataset"]}
-    data = SiameseData(build(config, "dataset"), None, config["seed"])
+            model = Bundle.load(ckpt, tuple(config["trust"]))
+    with as_input_error("dataset"):
+        own = ckpt and "dataset" not in groups  # what a file says is not built by Hydra, which may call anything
+        source = construct_trusted(model.config["dataset"], Source, tuple(config["trust"])) if own else build(config, "dataset")
+    data = SiameseData(source, None, config["seed"])
     with as_input_error("dataset"):
         log.info("validate on %s, test on %s", data.val, data.test)
     input_shape = list(data.val.inputs.shape[1:])

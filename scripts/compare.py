@@ -82,7 +82,9 @@ def rows(places: list[str], figures: list[str], split: str | None) -> tuple[list
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("places", nargs="+", metavar="DIR", help="runs, or directories that hold some")
-    parser.add_argument("--figures", nargs="+", default=FIGURES, metavar="NAME", help=f"which, best by the first (default: {' '.join(FIGURES)})")
+    parser.add_argument(
+        "--figures", nargs="+", default=FIGURES, metavar="NAME", help=f"which, best by the first (default: {' '.join(FIGURES)})"
+    )
     parser.add_argument("--split", choices=["val", "test"], help="default: test, or val when a run has not looked at test")
     parser.add_argument("--csv", metavar="FILE", help="write the table there too")
     arguments = parser.parse_args()
@@ -101,11 +103,11 @@ def main() -> None:
     split = header[-2].partition("/")[0]
     text = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=f"figures of the {split} split, best first", title_justify="left")
     for heading in header:
-        name = heading.removeprefix(f"{split}/").replace("seconds/", "seconds/\n")
+        name = heading.removeprefix(f"{split}/").replace("seconds/", "seconds/\n").replace(".", ".\n")
         text.add_column(name.replace("_", "_\n", 1), justify="right" if "/" in heading else "left", overflow="fold")
     for row in table:
         text.add_row(*("" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else str(cell) for cell in row))
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(text)
     for run in unfinished:
         console.print(f"unfinished, left out: {run}", style="yellow")

@@ -1,6 +1,6 @@
 """Draw what a run found on test: nearest neighbours of random queries, and the ROC beside that of the raw input.
 
-    python scripts/draw.py logs/train/runs/<stamp> --to docs/result.png
+python scripts/draw.py logs/train/runs/<stamp> --to docs/result.png
 """
 
 import argparse
@@ -52,7 +52,13 @@ def draw(run: Path, to: Path, seed: int = 0) -> None:
     axis = right.subplots()
     for prefix, label, style in (("raw", "raw input", ":"), ("untrained", "untrained encoder", "--"), ("test", "trained", "-")):
         curve = results[prefix]
-        axis.plot(curve.far.clip(1e-6), curve.tar, style, label=f"{label}, AUC {figures[f'{prefix}/auc']:.3f}", color="#333333" if style != "-" else SAME)
+        axis.plot(
+            curve.far.clip(1e-6),
+            curve.tar,
+            style,
+            label=f"{label}, AUC {figures[f'{prefix}/auc']:.3f}",
+            color="#333333" if style != "-" else SAME,
+        )
     axis.set(xscale="log", xlim=(1e-5, 1), ylim=(0, 1), xlabel="false-accept rate", ylabel="true-accept rate")
     axis.set_title(f"same letter or not, all {len(samples) * (len(samples) - 1) // 2:,} pairs of test", fontsize=10)
     axis.grid(alpha=0.25)

@@ -49,9 +49,9 @@ class Bundle(nn.Module):
     def __init__(self, parts: dict, threshold: float | None = None, config: dict | None = None, trust: tuple[str, ...] = ()):
         super().__init__()
         self.parts, self.threshold, self.config = parts, threshold, config or {}
-        self.encoder = _construct(parts["encoder"], trust)
-        self.distance = _construct(parts["distance"], trust)
-        self.preprocessing = _construct(parts["preprocessing"], trust)
+        self.encoder, self.distance, self.preprocessing = (
+            construct_trusted(parts[name], nn.Module, trust) for name in ("encoder", "distance", "preprocessing")
+        )
 
     def forward(self, inputs: Tensor) -> Tensor:
         """uint8 or float [B, ...] -> float32 [B, D] embeddings."""
@@ -129,17 +129,22 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     return checkpoint
 
 
-def _construct(part: dict, trust: tuple[str, ...]) -> nn.Module:
-    """Build a torch module from its target: a class defined in a trusted package, and nothing else that Python can reach."""
+def construct_trusted(part: dict, base: type, trust: tuple[str, ...] = ()):
+    """Build what a file names, if it is a class under `base`, defined in a trusted package: nothing else that Python can reach.
+
+    Raises:
+        ValueError: it is not.
+    """
     arguments = {name: value for name, value in part.items() if name != "_target_"}
-    module, _, name = str(part["_target_"]).rpartition(".")
+    target = str(part.get("_target_"))
+    module, _, name = target.rpartition(".")
     package = module.partition(".")[0]
     if package not in (*_TRUSTED, *trust):
-        raise ValueError(f"{part['_target_']} is of the package {package!r}, which is not trusted to be built from a file")
+        raise ValueError(f"{target} is of the package {package!r}, which a file may not name unless you trust it: trust=[{package}]")
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"there is no class {part['_target_']}: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__.partition(".")[0] == package):
-        raise ValueError(f"{part['_target_']} is not a torch module of the package {package!r}")
+        raise ValueError(f"there is no class {target}: {error}") from error
+    if not (isinstance(kind, type) and issubclass(kind, base) and kind.__module__.partition(".")[0] == package):
+        raise ValueError(f"{target} is not a {base.__name__} of the package {package!r}")
     return kind(**arguments)

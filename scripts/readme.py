@@ -1,0 +1,85 @@
+"""Write the parts of README.md that follow from the code: the options, what goes with what, and the measured figures.
+
+python scripts/readme.py           # rewrite them in place
+python scripts/readme.py --check   # exit code 1 when they are out of date
+"""
+
+import json
+import re
+import sys
+
+from omegaconf import OmegaConf
+
+from siamese.config import CONF, ROOT, available
+
+README = ROOT / "README.md"
+
+
+def defaults() -> dict[str, str]:
+    """Group -> its choice in conf/train.yaml, in the order of that file."""
+    lines = OmegaConf.load(CONF / "train.yaml").defaults
+    return {group: choice for line in lines if line != "_self_" for group, choice in line.items()}
+
+
+def about(group: str, choice: str) -> str:
+    """The first comment line of a choice's YAML."""
+    for line in (CONF / group / f"{choice}.yaml").read_text().splitlines():
+        if line.startswith("# ") and not line.startswith("# @"):
+            return line.removeprefix("# ")
+    return ""
+
+
+def options() -> str:
+    rows = ["| group | choices, the default in bold |", "| --- | --- |"]
+    for group, default in defaults().items():
+        if group != "paths":
+            choices = [f"**{choice}**" if choice == default else choice for choice in available(group)]
+            rows.append(f"| `{group}=` | {', '.join(choices)} |")
+    return "\n".join(rows)
+
+
+def combinations() -> str:
+    rows = ["| `loss=` | `sampling=` | `distance=` and its margins |", "| --- | --- | --- |"]
+    for loss in available("loss"):
+        accepts = OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml"), resolve=False)["goes_with"]
+        distances = [
+            f"{name} ({', '.join(f'{key} {value}' for key, value in margins.items())})" if margins else name
+            for name, margins in accepts["distance"].items()
+        ]
+        if list(accepts["distance"]) == ["cosine"]:
+            distances.append("normalised euclidean, which ranks alike")
+        rows.append(f"| {loss} | {', '.join(accepts['sampling'])} | {'; '.join(distances)} |")
+    return "\n".join(rows)
+
+
+def figures() -> str:
+    values = {row["name"]: row["value"] for row in json.loads((ROOT / "docs" / "default.json").read_text())}
+    shown = ("recall_at_1", "map_at_r", "auc", "eer", "oneshot_20way")
+    rows = [f"| mean of seeds 0, 1, 2 on test | {' | '.join(f'`{name}`' for name in shown)} |", "| --- |" + " ---: |" * len(shown)]
+    for prefix, label in (("raw", "raw input"), ("untrained", "untrained encoder"), ("test", "**trained**")):
+        cells = [f"{values[f'glyphs {prefix} {name}']:.3f}" for name in shown]
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    rows += ["", f"{values['glyphs command to prompt']:.0f} seconds from command to prompt on two CPU cores."]
+    return "\n".join(rows)
+
+
+BLOCKS = {"options": options, "combinations": combinations, "figures": figures}
+
+
+def render(text: str) -> str:
+    """README.md with every block between its markers written anew."""
+    for name, write in BLOCKS.items():
+        begin, end = f"<!-- {name}: written by scripts/readme.py -->", f"<!-- end of {name} -->"
+        block = f"{begin}\n{write()}\n{end}".replace("\\", r"\\")
+        text, found = re.subn(f"{re.escape(begin)}.*?{re.escape(end)}", block, text, flags=re.DOTALL)
+        if found != 1:
+            sys.exit(f"error: README.md must hold the block {name} once, it holds it {found} times")
+    return text
+
+
+if __name__ == "__main__":
+    old = README.read_text()
+    new = render(old)
+    if "--check" in sys.argv[1:]:
+        sys.exit("README.md is out of date: run python scripts/readme.py" if old != new else 0)
+    README.write_text(new)
