@@ -53,8 +53,9 @@ def train(config: dict) -> dict[str, float]:
         "distance": resolve(config, "distance"),
         "preprocessing": {"_target_": "siamese.bundle.Standardize", **data.standardization()},
     }
+    trust = (encoder["_target_"].partition(".")[0],)  # the user's own configuration, not a file from elsewhere
     with as_input_error("encoder"):
-        model = Bundle(parts, trust=(parts["encoder"]["_target_"].partition(".")[0],))
+        model = Bundle(parts, trust=trust)
     # A loss that is defined for cosine alone keeps its own distance; the check has seen that the run's ranks alike.
     offered = {"distance": model.distance} if config["distance"]["name"] in config["loss"]["goes_with"]["distance"] else {}
     loss = build(config, "loss", num_classes=classes, embedding_size=model.encoder.embedding_size, **offered)
@@ -68,7 +69,10 @@ def train(config: dict) -> dict[str, float]:
                 raise ValueError(f"{config['ckpt']} holds another encoder, distance or preprocessing than this command asks for")
     if config["init_from"]:
         with as_input_error("init_from"):
-            model.load_state_dict(Bundle.load(config["init_from"]).state_dict())
+            other = Bundle.load(config["init_from"], trust=trust)
+            if other.parts["encoder"] != parts["encoder"]:
+                raise ValueError(f"{config['init_from']} holds another encoder than this command asks for: {other.parts['encoder']}")
+            model.encoder.load_state_dict(other.encoder.state_dict())
     module = SiameseModule(
         model,
         loss,
@@ -98,7 +102,7 @@ def train(config: dict) -> dict[str, float]:
         seconds["fit"] = time.perf_counter() - started
 
         started = time.perf_counter()
-        model = Bundle.load(trainer.checkpoint_callback.best_model_path, trust=(parts["encoder"]["_target_"].partition(".")[0],))
+        model = Bundle.load(trainer.checkpoint_callback.best_model_path, trust=trust)
         results = {**untrained, **judging.judge(model, data, config["test"])}
         model.save(out / "bundle.safetensors")
         seconds["evaluate"] += time.perf_counter() - started

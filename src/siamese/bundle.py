@@ -28,7 +28,7 @@ class Standardize(nn.Module):
         self.mean, self.std = tuple(mean), tuple(std)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs
+        inputs = inputs.float() / 255 if inputs.dtype == torch.uint8 else inputs.float()
         shape = (1, -1, *[1] * (inputs.dim() - 2))
         return (inputs - inputs.new_tensor(self.mean).view(shape)) / inputs.new_tensor(self.std).view(shape)
 
@@ -60,11 +60,14 @@ class Bundle(nn.Module):
     @torch.no_grad()
     def embed(self, inputs: Tensor, batch_size: int = 512) -> Tensor:
         """[N, ...] -> float32 [N, D] on the CPU, in evaluation mode, batch by batch."""
-        was_training, device = self.training, next((p.device for p in self.parameters()), torch.device("cpu"))
+        device = next((p.device for p in self.parameters()), torch.device("cpu"))
+        training = [module for module in self.modules() if module.training]  # some may be frozen
         self.eval()
-        embeddings = torch.cat([self(batch.to(device)).cpu() for batch in inputs.split(batch_size)])
-        self.train(was_training)
-        return embeddings
+        try:
+            return torch.cat([self(batch.to(device)).cpu() for batch in inputs.split(batch_size)])
+        finally:
+            for module in training:
+                module.training = True
 
     @torch.no_grad()
     def scores(self, query: Tensor, gallery: Tensor) -> Tensor:
@@ -96,17 +99,20 @@ class Bundle(nn.Module):
             except (safetensors.SafetensorError, TypeError, KeyError, ValueError) as error:
                 raise ValueError(f"{path} is damaged or not a bundle: {error}") from error
         else:
-            checkpoint = load_checkpoint(path)
-            saved = {"parts": checkpoint["parts"], "threshold": None, "config": checkpoint["config"]}
-            state = {k.removeprefix("model."): v for k, v in checkpoint["state_dict"].items() if k.startswith("model.")}
-        parts = saved["parts"]
-        if "pretrained" in parts["encoder"]:  # the weights are in this file: nothing to download
-            parts = {**parts, "encoder": {**parts["encoder"], "pretrained": False}}
-        bundle = cls(parts, saved["threshold"], saved["config"], trust)
+            saved = load_checkpoint(path)
+            state = saved["state_dict"]
         try:
+            if Path(path).suffix != ".safetensors":
+                state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+            parts = dict(saved["parts"])
+            if "pretrained" in parts["encoder"]:  # the weights are in this file: nothing to download
+                parts["encoder"] = {**parts["encoder"], "pretrained": False}
+            bundle = cls(parts, saved.get("threshold"), saved["config"], trust)
             bundle.load_state_dict(state)
         except RuntimeError as error:
-            raise ValueError(f"the weights in {path} do not fit its own encoder: {error}") from error
+            raise ValueError(f"the weights in {path} do not fit its own encoder: {' '.join(str(error).split())[:200]}") from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} holds no usable model: {str(error).strip()}") from error
         return bundle
 
 
@@ -135,8 +141,10 @@ def construct_trusted(part: dict, base: type, trust: tuple[str, ...] = ()):
     Raises:
         ValueError: it is not.
     """
+    if not isinstance(part, dict) or "_target_" not in part:
+        raise ValueError(f"{part!r} names no _target_")
     arguments = {name: value for name, value in part.items() if name != "_target_"}
-    target = str(part.get("_target_"))
+    target = str(part["_target_"])
     module, _, name = target.rpartition(".")
     package = module.partition(".")[0]
     if package not in (*_TRUSTED, *trust):
@@ -147,4 +155,7 @@ def construct_trusted(part: dict, base: type, trust: tuple[str, ...] = ()):
         raise ValueError(f"there is no class {target}: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, base) and kind.__module__.partition(".")[0] == package):
         raise ValueError(f"{target} is not a {base.__name__} of the package {package!r}")
-    return kind(**arguments)
+    try:
+        return kind(**arguments)
+    except (TypeError, RuntimeError) as error:
+        raise ValueError(f"{target} cannot be built from {arguments}: {error}") from error

@@ -12,8 +12,3 @@ def scores(distance: Module, query: Tensor, gallery: Tensor) -> Tensor:
     matrix = distance(query, gallery)
     return matrix if distance.is_inverted else -matrix
 
-
-def pair_scores(distance: Module, left: Tensor, right: Tensor) -> Tensor:
-    """[N, D] and [N, D] embeddings -> [N] scores of left[i] with right[i]; higher is more alike."""
-    values = distance.pairwise_distance(distance.maybe_normalize(left), distance.maybe_normalize(right)) ** distance.power
-    return values if distance.is_inverted else -values

@@ -23,7 +23,7 @@ PACKAGES = (
     "matplotlib",
     "wandb",
 )
-_COLUMNS = ("recall_at_1", "map_at_r", "auc", "eer", "accuracy", "oneshot_5way", "oneshot_20way", "omniglot_error")
+_COLUMNS = ("recall_at_1", "map_at_r", "auc", "eer", "accuracy", "oneshot_20way", "omniglot_error")
 _ROWS = {"raw": "raw input", "untrained": "untrained", "val": "validation", "test": "test"}
 
 

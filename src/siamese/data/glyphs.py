@@ -91,9 +91,10 @@ def _font(path: Path) -> ImageFont.FreeTypeFont:
 
 
 def _draw(letter: str, path: Path) -> np.ndarray:
-    """The letter at 24 px, its bounding box in the middle of 32 x 32."""
-    left, top, right, bottom = _font(path).getbbox(letter)
+    """The letter at 24 px, the bounding box of its ink in the middle of 32 x 32."""
+    sheet = Image.new("L", (96, 96))
+    ImageDraw.Draw(sheet).text((32, 32), letter, fill=255, font=_font(path))
+    ink = sheet.crop(sheet.getbbox())  # the font's own box goes by the advance, not by the ink
     canvas = Image.new("L", (32, 32))
-    origin = ((32 - (right - left)) // 2 - left, (32 - (bottom - top)) // 2 - top)
-    ImageDraw.Draw(canvas).text(origin, letter, fill=255, font=_font(path))
+    canvas.paste(ink, ((32 - ink.width) // 2, (32 - ink.height) // 2))
     return np.asarray(canvas)

@@ -87,8 +87,10 @@ class BalancedBatchSampler(Sampler):
         drawn = epoch * every + np.maximum(-(-(epoch * extra - turn) // total), 0)
         lucky = np.flatnonzero((turn - epoch * extra) % total < extra)
 
-        rounds = [rng.permutation(total) for _ in range(every)] + [rng.permutation(lucky)]
-        chosen = self._no_class_twice_in_a_batch(rounds)
+        # The incomplete round first: the rounds after it hold every class, so one can always be found that is not in the batch.
+        rounds = [rng.permutation(lucky)] + [rng.permutation(total) for _ in range(every)]
+        chosen = self._no_class_twice_in_a_batch(rounds).reshape(-1, self.classes)
+        chosen = rng.permutation(chosen).ravel()
         # The n-th draw of a class within this epoch.
         by_class = np.argsort(chosen, kind="stable")
         counts = np.bincount(chosen, minlength=total)
