@@ -11,4 +11,3 @@ def scores(distance: Module, query: Tensor, gallery: Tensor) -> Tensor:
     """[Q, D] and [G, D] embeddings -> [Q, G] scores; higher is more alike."""
     matrix = distance(query, gallery)
     return matrix if distance.is_inverted else -matrix
-

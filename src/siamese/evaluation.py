@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from torch import Tensor
 from torch.nn import Module
 
@@ -172,9 +173,7 @@ def evaluate(
 def _walk(embeddings: Tensor, labels: Tensor, counts: Tensor, distance: Module, figures: dict) -> tuple:
     """Walk the score matrix by blocks of rows: retrieval figures, and [levels, 2] counts of same and different pairs."""
     total = len(labels)
-    low, high = _score_range(embeddings, distance)
-    # 2^-20 for scores on the unit sphere (range 2); as many levels for any other range.
-    step = 2.0 ** (math.ceil(math.log2(max(high - low, 1e-30) / 2)) - 20)
+    low, high, step = _score_range(embeddings, distance)
     lowest = math.floor(low / step)
     levels = math.ceil(high / step) - lowest + 1
     pairs = torch.zeros(2 * levels, dtype=torch.int64, device=embeddings.device)
@@ -214,12 +213,20 @@ def _walk(embeddings: Tensor, labels: Tensor, counts: Tensor, distance: Module, 
     return pairs.view(levels, 2).cpu().numpy(), lowest * step, step, torch.cat(neighbours), torch.cat(neighbour_scores)
 
 
-def _score_range(embeddings: Tensor, distance: Module) -> tuple[float, float]:
-    if distance.normalize_embeddings and distance.p == 2 and distance.power == 1:
-        return (-1.0, 1.0) if distance.is_inverted else (-2.0, 0.0)
+def _score_range(embeddings: Tensor, distance: Module) -> tuple[float, float, float]:
+    """The lowest and highest score that can come, and the step to which scores are rounded: 2^-20 on the unit sphere."""
+    if type(distance) in (CosineSimilarity, LpDistance) and distance.normalize_embeddings and distance.p == 2 and distance.power == 1:
+        low, high = (-1.0, 1.0) if distance.is_inverted else (-2.0, 0.0)
+        return low, high, 2.0**-20
     blocks = (scores(distance, rows, embeddings) for rows in embeddings.split(_BLOCK))
     ends = [(block.min().item(), block.max().item()) for block in blocks]
-    return min(low for low, _ in ends), max(high for _, high in ends)
+    low, high = min(low for low, _ in ends), max(high for _, high in ends)
+    return low, high, _step(max(high - low, -low, high))
+
+
+def _step(width: float) -> float:
+    """For scores over any other range, as many steps as on the unit sphere: 2^20 to 2^21."""
+    return 2.0 ** (math.ceil(math.log2(max(width, 1e-30))) - 21)
 
 
 def _verify(pairs: np.ndarray, low: float, step: float, threshold: float | None, figures: dict, notes: list[str]) -> tuple:
@@ -303,6 +310,7 @@ def oneshot_accuracy(embeddings: Tensor, labels: Tensor, distance: Module, ways:
     def draw(below: Tensor) -> Tensor:
         return (torch.rand(below.shape, generator=generator, dtype=torch.float64) * below).long()
 
+    step = _score_range(embeddings, distance)[2]
     right = 0
     for query in able[draw(torch.full((episodes,), len(able)))].split(500):
         label = labels[query]
@@ -312,7 +320,7 @@ def oneshot_accuracy(embeddings: Tensor, labels: Tensor, distance: Module, ways:
         strangers = classes[chances.topk(ways - 1).indices]
         support = torch.cat([order[other][:, None], order[first[strangers] + draw(counts[strangers])]], 1)
         # All scores of a query cost less than copying out twenty supports for it.
-        score = (scores(distance, embeddings[query.to(embeddings.device)], embeddings) * 2**20).round().cpu().gather(1, support)
+        score = (scores(distance, embeddings[query.to(embeddings.device)], embeddings) / step).round().cpu().gather(1, support)
         right += int((score[:, :1] > score[:, 1:]).all(1).sum())
     return right / episodes
 
@@ -326,7 +334,8 @@ def oneshot_error(runs: list[tuple[Tensor, Tensor, Tensor]], distance: Module) -
     """
     wrong = total = 0
     for queries, supports, answer in runs:
-        score = (scores(distance, queries.float(), supports.float()) * 2**20).round()
+        score = scores(distance, queries.double(), supports.double())
+        score = (score / _step(score.abs().max().item())).round()
         own = score.gather(1, answer[:, None].to(score.device))
         wrong += int(((score >= own).sum(1) > 1).sum())
         total += len(queries)
