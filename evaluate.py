@@ -27,7 +27,7 @@ def evaluate(config: dict) -> dict[str, float]:
 
     log = logging.getLogger("evaluate")
     out, ckpt = Path(config["paths"]["output_dir"]), config["ckpt"]
-    groups = [override.partition("=")[0] for override in config["overrides"]]
+    groups = [override.lstrip("+~").partition("=")[0] for override in config["overrides"]]
     if ckpt:
         for group in ("encoder", "distance"):
             if any(g.partition(".")[0] == group for g in groups):
@@ -57,7 +57,8 @@ def evaluate(config: dict) -> dict[str, float]:
             model = Bundle(parts, trust=(parts["encoder"]["_target_"].partition(".")[0],))
     elif model.parts["encoder"].get("input_shape", input_shape) != input_shape:
         trained = model.parts["encoder"]["input_shape"]
-        raise InputError(f"the encoder in {ckpt} takes inputs of shape {trained}, this data set has {input_shape}: set dataset.size")
+        remedy = ": set dataset.size" if "size" in config["dataset"] else ""
+        raise InputError(f"the encoder in {ckpt} takes inputs of shape {trained}, this data set has {input_shape}{remedy}")
     record.write_json(out / "provenance.json", record.provenance(ROOT, {"val": data.val.fingerprint(), "test": data.test.fingerprint()}))
 
     started = time.perf_counter()

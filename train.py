@@ -26,7 +26,9 @@ def train(config: dict) -> dict[str, float]:
     from pathlib import Path
 
     import lightning.pytorch as L
+    import torch
     from rich.console import Console
+    from torch import nn
 
     from siamese import judging, record
     from siamese.bundle import Bundle, load_checkpoint
@@ -45,6 +47,8 @@ def train(config: dict) -> dict[str, float]:
     with as_input_error("dataset"):
         classes, input_shape = len(data.train.class_names), data.input_shape
         log.info("train on %s, validate on %s", data.train, data.val)
+        if config["test"]:
+            _ = data.test, data.source.oneshot_runs()
     with as_input_error("sampling"):
         data.setup()
     encoder = resolve(config, "encoder")
@@ -65,8 +69,15 @@ def train(config: dict) -> dict[str, float]:
         miner = None
     if config["ckpt"]:
         with as_input_error("ckpt"):
-            if load_checkpoint(config["ckpt"])["parts"] != parts:
+            saved = load_checkpoint(config["ckpt"])
+            if saved["parts"] != parts:
                 raise ValueError(f"{config['ckpt']} holds another encoder, distance or preprocessing than this command asks for")
+            for group in ("loss", "optimizer", "scheduler"):
+                if saved["config"]["choices"][group] != choices[group]:
+                    raise ValueError(
+                        f"{config['ckpt']} was trained with {group}={saved['config']['choices'][group]}, this command says "
+                        f"{group}={choices[group]}: resume with the same, or take its weights only (init_from=)"
+                    )
     if config["init_from"]:
         with as_input_error("init_from"):
             other = Bundle.load(config["init_from"], trust=trust)
@@ -84,7 +95,10 @@ def train(config: dict) -> dict[str, float]:
         seed=config["seed"],
         config=config,
     )
-    provenance = record.provenance(ROOT, {"train": data.train.fingerprint(), "val": data.val.fingerprint()})
+    with as_input_error("optimizer"):
+        module.make_optimizer([nn.Parameter(torch.zeros(1))])
+    splits = ("train", "val", "test") if config["test"] else ("train", "val")
+    provenance = record.provenance(ROOT, {split: getattr(data, split).fingerprint() for split in splits})
     record.write_json(out / "provenance.json", provenance)
 
     seconds, crashed = {"fit": 0.0, "evaluate": 0.0}, True
@@ -128,24 +142,28 @@ def make_trainer(config: dict, provenance: dict):
     """The Lightning trainer with its callbacks and loggers, and the W&B logger by itself, None when there is none."""
     import logging
     import warnings
+    from pathlib import Path
 
     import torch
     from lightning.fabric.utilities.warnings import PossibleUserWarning
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
 
-    from siamese.callbacks import Health, ProgressBar, ValidateLastEpoch
+    from siamese import record
+    from siamese.bundle import load_checkpoint
+    from siamese.callbacks import BestCheckpoint, Health, ProgressBar, ValidateLastEpoch
     from siamese.evaluation import higher_is_better
 
     # What Lightning says of devices, workers and directories on every start tells a user of this template nothing.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    warnings.filterwarnings("ignore", ".*(exists and is not empty|Experiment logs directory|LeafSpec).*")
+    warnings.filterwarnings("ignore", ".*(exists and is not empty|Experiment logs directory|The dirpath has changed|LeafSpec).*")
 
     out, metric = config["paths"]["output_dir"], config["optimized_metric"]
     mode = "max" if higher_is_better(metric) else "min"
     callbacks = [
-        ModelCheckpoint(f"{out}/checkpoints", "best", monitor=metric, mode=mode, save_last=True, enable_version_counter=False),
+        BestCheckpoint(f"{out}/checkpoints", "best", monitor=metric, mode=mode, enable_version_counter=False),
+        ModelCheckpoint(f"{out}/checkpoints", "last", enable_version_counter=False),
         ValidateLastEpoch(),
         Health(),
         LearningRateMonitor("step"),
@@ -153,7 +171,9 @@ def make_trainer(config: dict, provenance: dict):
     ]
     for name, node in config["callbacks"].items():
         callbacks.append(construct(node, f"callbacks.{name}", monitor=metric, mode=mode))
+    earlier = record.curves(Path(out) / "metrics.csv", load_checkpoint(config["ckpt"])["global_step"]) if config["ckpt"] else []
     csv = CSVLogger(out, name="", version="")
+    csv.experiment.metrics += earlier
     chosen = ("dataset", "encoder", "distance", "loss", "miner", "sampling")
     name = "-".join(config["choices"][group] for group in chosen if config["choices"][group] != "none")
     values = [o for o in config["overrides"] if "." in o.partition("=")[0] and not o.startswith("paths.")]
@@ -165,6 +185,8 @@ def make_trainer(config: dict, provenance: dict):
         config={**config, "provenance": provenance},
     )
     node = config["trainer"]
+    if node["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise InputError(f"trainer.accelerator={node['accelerator']}: this machine has no GPU that torch can use. Say trainer=cpu")
     if node.get("precision") == "auto":
         cpu = torch.cpu.get_capabilities()
         bf16 = torch.cuda.is_bf16_supported() if node["accelerator"] in ("gpu", "cuda") else cpu.get("avx512_bf16") or cpu.get("amx_bf16")

@@ -1,9 +1,11 @@
 """What watches a run while it trains."""
 
 import logging
+import shutil
+from pathlib import Path
 
 import lightning.pytorch as L
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,20 @@ class Health(Callback):
             spread,
             trainer.callback_metrics["train/loss"],
         )
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, but a run that is resumed in another directory takes the best checkpoint so far along."""
+
+    def load_state_dict(self, state: dict) -> None:
+        old = Path(state["best_model_path"])
+        if old.is_file() and old.parent != Path(self.dirpath):
+            new = Path(self.dirpath) / old.name
+            new.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(old, new)
+            own = {"best_model_path": str(new), "kth_best_model_path": str(new), "best_k_models": {str(new): state["best_model_score"]}}
+            state = {**state, **own, "dirpath": self.dirpath}
+        super().load_state_dict(state)
 
 
 class ValidateLastEpoch(Callback):

@@ -26,6 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 os.environ.setdefault("SIAMESE_DATA_DIR", str(ROOT / "data"))
+# Before torch is imported: threads that wait spin briefly, then sleep. With another process on one of two cores, libgomp's
+# own way made a training step take ten times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Keys of a group's YAML that tell us something and are no arguments of its `_target_`.
 NO_ARGUMENTS = {"loss": ("goes_with", "lr"), "distance": ("name",)}
@@ -46,22 +49,19 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
 
     def job(cfg: DictConfig) -> float | None:
         runtime = HydraConfig.get()
+        sweep = runtime.mode is not None and runtime.mode.name == "MULTIRUN"
         try:
             config = check(cfg, dict(runtime.runtime.choices), list(runtime.overrides.task), config_name)
             config["paths"]["output_dir"] = runtime.runtime.output_dir
-            sweep = runtime.mode is not None and runtime.mode.name == "MULTIRUN"
-            if sweep and any(o.startswith("paths.output_dir=") for o in config["overrides"]):
-                raise InputError("paths.output_dir is one run's directory: for a sweep say hydra.sweep.dir=DIR")
             config["sweep"] = Path(runtime.sweep.dir).name if sweep else None
             figures = task(config)
-        except Exception as error:
-            if sweep_goes_on(error):
+        except InputError as error:
+            if sweep:
                 log.error("job failed: %s", error)
+            elif not full:
+                sys.exit(f"error: {error}")  # not through Hydra, which would print all overrides above it
             raise
         return figures.get(config.get("optimized_metric"))
-
-    def sweep_goes_on(error: Exception) -> bool:
-        return HydraConfig.get().mode is not None and HydraConfig.get().mode.name == "MULTIRUN" and isinstance(error, InputError)
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing them
     try:
@@ -117,6 +117,8 @@ def preflight(arguments: list[str], config_name: str) -> None:
     overrides = [a for a in arguments if not a.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     mine = [o for o in parsed if not o.key_or_group.startswith("hydra")]
+    if flags and any(o.key_or_group == "paths.output_dir" for o in mine):
+        raise InputError("paths.output_dir is one run's directory: for a sweep say hydra.sweep.dir=DIR")
     if not flags:
         jobs = [[o.input_line for o in mine]]
     elif all(o.is_discrete_sweep() for o in mine if o.is_sweep_override()):
@@ -172,7 +174,9 @@ def _check_combination(cfg: DictConfig, choices: dict[str, str]) -> None:
         )
     if distance.name not in accepts.distance and not ("cosine" in accepts.distance and on_the_sphere(distance)):
         named = distance.name if distance.name == "cosine" or distance.normalize_embeddings else f"{distance.name} without normalisation"
-        raise InputError(f"loss={loss} is not defined for distance={named}: use distance={' or distance='.join(accepts.distance)}")
+        raise InputError(
+            f"loss={loss} is not defined for distance={named}: use distance={' or distance='.join(accepts.distance)} without other distance keys"
+        )
 
 
 def _check_types(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config_name: str) -> None:
@@ -183,7 +187,7 @@ def _check_types(cfg: DictConfig, choices: dict[str, str], overrides: list[str],
     shipped = _leaves(_compose([o for o in overrides if o not in values], config_name))
     for key, value in _leaves(cfg).items():
         expected = shipped.get(key)
-        if expected is None or key in _ANY_TYPE or not isinstance(expected, (bool, int, float)):
+        if expected is None or value is None or key in _ANY_TYPE or not isinstance(expected, (bool, int, float)):
             continue
         wanted, kinds = {bool: ("true or false", bool), int: ("a whole number", int), float: ("a number", (int, float))}[type(expected)]
         if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(expected, bool)):
@@ -233,6 +237,8 @@ def explain(error: Exception, arguments: list[str], config_name: str) -> str:
                     if "none" in available(group)
                     else f"{argument}: {group} cannot be left out"
                 )
+    if found := re.search(r"Error parsing override '([^']*)'.*missing EQUAL", text, re.DOTALL):
+        return f"{found[1]} is no override: say {found[1]}=VALUE"
     if found := re.search(r"Could not override '([^']+)'", text):
         return _explain_key(found[1].partition("@")[0], arguments, config_name)
     if isinstance(error, OSError):
@@ -252,7 +258,7 @@ def _explain_key(key: str, arguments: list[str], config_name: str) -> str:
     if not difflib.get_close_matches(key, siblings, n=1, cutoff=0.8) and (CONF / node).is_dir() and node:
         for choice in available(node):
             if near := difflib.get_close_matches(name, list(_read(node, choice)), n=1, cutoff=0.7):
-                there = f"; here there are {', '.join(siblings)}" if siblings else ""
+                there = f" Here there are {', '.join(siblings)}" if siblings else ""
                 return f"{key} is not a key of this configuration: did you mean {node}.{near[0]}, which {node}={choice} has?{there}"
     near = _near(key, siblings or sorted(keys))
     return f"{key} is not a key of this configuration: {near}" + (f"\nthere are {', '.join(siblings)}" if siblings else "")

@@ -25,6 +25,7 @@ def wandb_logger(
     """
     os.environ["WANDB_DATA_DIR"] = str(Path(directory) / "wandb")  # tables would lie in the user's home otherwise
     os.environ.setdefault("WANDB_SILENT", "true")
+    os.environ["WANDB_CACHE_DIR"] = str(Path(directory) / "wandb" / "cache")
     Path(directory, "wandb").mkdir(parents=True, exist_ok=True)
     import wandb
 

@@ -1,5 +1,6 @@
 """What a run leaves behind: figures, results, where it came from, and the table at the end."""
 
+import csv
 import json
 import os
 import platform
@@ -77,3 +78,11 @@ def table(results: dict[str, EvaluationResult]):
             cells = [f"{values[name]:.{2 if name == 'omniglot_error' else 4}f}" if name in values else "" for name in shown]
             table.add_row(label, *cells, style="bold" if prefix == "test" else "")
     return table
+
+
+def curves(path: Path, steps: int) -> list[dict[str, str]]:
+    """The rows of an earlier metrics.csv up to `steps`; none if there is no file."""
+    if not path.is_file():
+        return []
+    with path.open() as lines:
+        return [{name: value for name, value in row.items() if value} for row in csv.DictReader(lines) if int(row["step"]) < steps]

@@ -74,7 +74,7 @@ class BalancedBatchSampler(Sampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self.batches(self.epoch).tolist())
+        yield from self.batches(self.epoch).tolist()  # lazily: Lightning sets the epoch after it has asked for the iterator
 
     def batches(self, epoch: int) -> np.ndarray:
         """int64 [batches, P*K]: the whole epoch."""
