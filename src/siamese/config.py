@@ -174,9 +174,7 @@ def _check_combination(cfg: DictConfig, choices: dict[str, str]) -> None:
         )
     if distance.name not in accepts.distance and not ("cosine" in accepts.distance and on_the_sphere(distance)):
         named = distance.name if distance.name == "cosine" or distance.normalize_embeddings else f"{distance.name} without normalisation"
-        raise InputError(
-            f"loss={loss} is not defined for distance={named}: use distance={' or distance='.join(accepts.distance)} without other distance keys"
-        )
+        raise InputError(f"loss={loss} is not defined for distance={named}: use distance={' or distance='.join(accepts.distance)}")
 
 
 def _check_types(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config_name: str) -> None:

@@ -1,0 +1,408 @@
+"""Every choice of every group composes, fits what it names, and matters; what cannot work together is refused."""
+
+import functools
+import itertools
+import re
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from siamese.config import CONF, NO_ARGUMENTS, InputError, accepted, available, build, compose, construct, partial
+from siamese.data.samples import Samples
+
+OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+GROUPS = sorted({group for group, _ in OPTIONS})
+# What must be said too, for all options of a group to be possible.
+ALSO = {"sampling": ["loss=contrastive"]}
+
+
+@pytest.fixture(autouse=True)
+def data_is_at_hand(drawings, monkeypatch):
+    """As far as the check looks: the folder is there."""
+    (drawings.parent / "omniglot").mkdir(exist_ok=True)
+    monkeypatch.setenv("SIAMESE_DATA_DIR", str(drawings.parent))
+
+
+@functools.cache
+def plain(overrides: str) -> dict:
+    """The configuration of these overrides, to be read only: a composition takes a tenth of a second."""
+    return compose(overrides.split())
+
+
+def composed(group: str, option: str) -> dict:
+    return plain(" ".join([f"{group}={option}", *ALSO.get(group, [])]))
+
+
+def targets(node: dict, name: str):
+    """All `{"_target_": ...}` below a group's node."""
+    if "_target_" in node:
+        yield name, node
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from targets(value, f"{name}.{key}")
+
+
+# --- the groups and keys that others rely on
+
+
+def test_the_groups_of_the_contract_are_there():
+    contract = (
+        "dataset sampling augmentation encoder distance loss miner optimizer scheduler trainer logger callbacks experiment debug paths"
+    )
+    assert set(contract.split()) <= set(plain("")["choices"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("seed=7", "test=false", "optimized_metric=val/eer", "sampling.classes=12", "sampling.samples_per_class=3"),
+        *("trainer.max_epochs=3", "trainer.devices=2", "trainer.devices=auto", "paths.output_dir=/there"),
+        *("dataset=omniglot dataset.size=20", "dataset=omniglot dataset.path=conf"),
+    ],
+)
+def test_the_keys_of_the_contract_can_be_set(override):
+    config = compose(override.split())
+    key, _, value = override.split()[-1].partition("=")
+    for part in key.split("."):
+        config = config[part]
+    assert str(config).lower() == value
+
+
+@pytest.mark.parametrize("key", ["ckpt", "init_from"])
+def test_a_checkpoint_can_be_given(key, tmp_path):
+    (tmp_path / "last.ckpt").touch()
+    assert plain("")[key] is None
+    assert compose([f"{key}={tmp_path}/last.ckpt"])[key] == f"{tmp_path}/last.ckpt"
+
+
+def test_all_that_may_be_left_out_has_a_none():
+    for group in ("augmentation", "miner", "scheduler", "logger", "callbacks", "experiment", "debug"):
+        assert "none" in available(group)
+        assert composed(group, "none")["choices"][group] == "none"
+
+
+# --- every option of every group
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes_and_fits_what_it_names(group, option):
+    config = composed(group, option)
+    assert config["choices"][group] == option
+    node = config.get(group, {})
+    for name, part in targets(node, group):
+        takes = accepted(hydra.utils.get_object(part["_target_"]))
+        assert takes is None or part.keys() - {"_target_"} - set(NO_ARGUMENTS.get(name, ())) <= takes
+    if "_target_" not in node and option != "none":
+        assert OmegaConf.load(CONF / group / f"{option}.yaml"), f"{group}={option} says nothing: it should be called none"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_no_two_options_of_a_group_come_to_the_same(group):
+    def built(option: str) -> dict:
+        config = composed(group, option)
+        return {key: value for key, value in config.items() if key not in ("choices", "overrides", "paths")}
+
+    for one, other in itertools.combinations(available(group), 2):
+        assert built(one) != built(other), f"{group}={one} and {group}={other} are the same"
+
+
+@pytest.mark.parametrize("option", sorted(available("experiment")))
+def test_an_experiment_leaves_the_last_word_to_the_command_line(option):
+    config = compose([f"experiment={option}", "trainer.max_epochs=77", "loss=contrastive", "seed=5"])
+    assert (config["trainer"]["max_epochs"], config["choices"]["loss"], config["seed"]) == (77, "contrastive", 5)
+
+
+def test_debug_says_more_than_the_experiment():
+    assert compose(["experiment=omniglot_semihard", "debug=fast"])["trainer"]["max_epochs"] == 1
+
+
+# --- every value reaches what is built
+
+SAMPLES = Samples(torch.zeros(60, 1, 16, 16, dtype=torch.uint8), torch.arange(60) // 6, [str(n) for n in range(10)], [""] * 60)
+OFFERED = {"loss": {"num_classes": 4, "embedding_size": 8}, "encoder": {"input_shape": [1, 16, 16]}}
+
+
+def steps_up(scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int) -> int:
+    """After how many of its steps the learning rate is highest."""
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        scheduler.optimizer.step()
+        if len(rates) < steps:
+            scheduler.step()
+    return rates.index(max(rates))
+
+
+def made(config: dict, group: str):
+    """What a group names, constructed, with what comes by itself in a run."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.5)
+    match group:
+        case "optimizer":
+            return partial(config, group)([torch.nn.Parameter(torch.zeros(2))])
+        case "scheduler":
+            length = {"OneCycleLR": {"total_steps": 100, "max_lr": 1.0}, "CosineAnnealingLR": {"T_max": 100}}
+            return partial(config, group)(optimizer, **length[config[group]["_target_"].rpartition(".")[2]])
+        case "sampling":
+            return partial(config, group)(samples=SAMPLES, seed=0)
+        case "callbacks":
+            (name, node), *_ = config[group].items()
+            return construct(node, name, monitor="val/map_at_r", mode="max")
+        case "trainer":
+            node = {**config[group], "precision": "32-true"} if config[group]["precision"] == "auto" else config[group]
+            return construct(node, group, logger=False, enable_checkpointing=False, enable_progress_bar=False)
+        case _:
+            return build(config, group, **OFFERED.get(group, {}))
+
+
+def batch(loader):
+    return next(iter(loader))
+
+
+def learning_rate(optimizer) -> float:
+    return optimizer.param_groups[0]["lr"]
+
+
+def weight_decay(optimizer) -> float:
+    return optimizer.param_groups[0]["weight_decay"]
+
+
+# A choice -> a value to give -> where it must arrive, and as what. Every value differs, so that none can take another's place.
+KNOBS = {
+    "loss=triplet": {"loss.margin=0.31": lambda loss: (loss.margin, 0.31)},
+    "loss=triplet distance=euclidean": {"loss.margin=0.32": lambda loss: (loss.margin, 0.32)},
+    "loss=contrastive": {
+        "loss.pos_margin=0.83": lambda loss: (loss.pos_margin, 0.83),
+        "loss.neg_margin=0.34": lambda loss: (loss.neg_margin, 0.34),
+    },
+    "loss=contrastive distance=euclidean": {
+        "loss.pos_margin=0.35": lambda loss: (loss.pos_margin, 0.35),
+        "loss.neg_margin=0.86": lambda loss: (loss.neg_margin, 0.86),
+    },
+    "loss=supcon": {"loss.temperature=0.37": lambda loss: (loss.temperature, 0.37)},
+    "loss=arcface": {
+        "loss.margin=90": lambda loss: (loss.margin, torch.pi / 2),
+        "loss.scale=38": lambda loss: (loss.scale, 38),
+    },
+    "miner=all": {"miner.margin=0.41": lambda miner: (miner.margin, 0.41)},
+    "miner=hard": {"miner.margin=0.42": lambda miner: (miner.margin, 0.42)},
+    "miner=semihard": {
+        "miner.margin=0.43": lambda miner: (miner.margin, 0.43),
+        "miner.type_of_triplets=easy": lambda miner: (miner.type_of_triplets, "easy"),
+    },
+    "optimizer=adamw": {
+        "optimizer.lr=0.51": lambda optimizer: (learning_rate(optimizer), 0.51),
+        "optimizer.weight_decay=0.52": lambda optimizer: (weight_decay(optimizer), 0.52),
+    },
+    "optimizer=sgd": {
+        "optimizer.lr=0.53": lambda optimizer: (learning_rate(optimizer), 0.53),
+        "optimizer.weight_decay=0.54": lambda optimizer: (weight_decay(optimizer), 0.54),
+        "optimizer.momentum=0.55": lambda optimizer: (optimizer.param_groups[0]["momentum"], 0.55),
+        "optimizer.nesterov=false": lambda optimizer: (optimizer.param_groups[0]["nesterov"], False),
+    },
+    "scheduler=onecycle": {"scheduler.pct_start=0.7": lambda scheduler: (round(steps_up(scheduler, 100), -1), 70)},
+    "scheduler=cosine": {"scheduler.eta_min=0.37": lambda scheduler: (scheduler.eta_min, 0.37)},
+    "encoder=conv4": {
+        "encoder.widths=[5,7]": lambda encoder: ([m.out_channels for m in encoder.modules() if hasattr(m, "out_channels")], [5, 7]),
+        "encoder.embedding_size=37": lambda encoder: (encoder(torch.zeros(2, 1, 16, 16)).shape[1], 37),
+    },
+    "encoder=mlp": {
+        "encoder.hidden=[5,7,9]": lambda encoder: ([m.in_features for m in encoder.modules() if hasattr(m, "in_features")][1:], [5, 7, 9]),
+        "encoder.embedding_size=38": lambda encoder: (encoder(torch.zeros(2, 1, 16, 16)).shape[1], 38),
+    },
+    "encoder=timm": {
+        "encoder.model=resnet10t": lambda encoder: (encoder.backbone.default_cfg["architecture"], "resnet10t"),
+        "encoder.embedding_size=39": lambda encoder: (encoder.head.out_features, 39),
+    },
+    "encoder=timm encoder.model=resnet10t": {"encoder.embedding_size=null": lambda encoder: (encoder.embedding_size, 512)},
+    "distance=euclidean loss=triplet": {
+        "distance.normalize_embeddings=false": lambda distance: (distance(torch.eye(2) * 3)[0, 1].item(), pytest.approx(18**0.5)),
+    },
+    "sampling=balanced": {
+        "sampling.classes=5": lambda loader: (loader.sampler.classes, 5),
+        "sampling.samples_per_class=3": lambda loader: (len(batch(loader).inputs) / len(batch(loader).labels.unique()), 3),
+    },
+    "sampling=pairs loss=contrastive": {
+        "sampling.batch_size=7": lambda loader: (len(batch(loader).inputs), 2 * 7),
+        "sampling.positive_fraction=0.1": lambda loader: (int(loader.dataset.same.sum()), len(SAMPLES) / 10),
+    },
+    "sampling=triplets": {"sampling.batch_size=8": lambda loader: (len(batch(loader).inputs), 3 * 8)},
+    "augmentation=light": {
+        "augmentation.rotation=90": lambda augmentation: (augmentation.rotation, torch.pi / 2),
+        "augmentation.scale=0.61": lambda augmentation: (augmentation.scale, 0.61),
+        "augmentation.shear=0.62": lambda augmentation: (augmentation.shear, 0.62),
+        "augmentation.shift=0.63": lambda augmentation: (augmentation.shift, 0.63),
+    },
+    "dataset=omniglot": {
+        "dataset.path=src": lambda dataset: (dataset.path, Path("src")),
+        "dataset.background=small2": lambda dataset: (dataset.background, "small2"),
+        "dataset.size=37": lambda dataset: (dataset.size, 37),
+        "dataset.validation_alphabets=3": lambda dataset: (dataset.validation_alphabets, 3),
+        "dataset.rotated_classes=true": lambda dataset: (dataset.rotated_classes, True),
+    },
+    "callbacks=early_stopping": {"callbacks.early_stopping.patience=37": lambda callback: (callback.patience, 37)},
+    "trainer=cpu": {
+        "trainer.max_epochs=71": lambda trainer: (trainer.max_epochs, 71),
+        "trainer.devices=3": lambda trainer: (trainer.num_devices, 3),
+        "trainer.precision=bf16-mixed": lambda trainer: (trainer.precision, "bf16-mixed"),
+        "trainer.check_val_every_n_epoch=72": lambda trainer: (trainer.check_val_every_n_epoch, 72),
+        "trainer.log_every_n_steps=73": lambda trainer: (trainer.log_every_n_steps, 73),
+        "trainer.accumulate_grad_batches=74": lambda trainer: (trainer.accumulate_grad_batches, 74),
+        "trainer.gradient_clip_val=0.75": lambda trainer: (trainer.gradient_clip_val, 0.75),
+    },
+}
+
+
+@pytest.mark.parametrize("choice", KNOBS)
+def test_the_values_of_the_command_line_reach_what_is_built(choice):
+    overrides, group = KNOBS[choice], next(iter(KNOBS[choice])).partition(".")[0]
+    default = made(plain(f"{choice} sampling.classes=10" if choice == "sampling=balanced" else choice), group)  # as many as SAMPLES has
+    changed = made(compose([*choice.split(), *overrides]), group)
+    for override, look in overrides.items():
+        found, expected = look(default)
+        assert found != expected, f"the test would pass without {override}"
+        found, expected = look(changed)
+        assert found == expected, override
+
+
+def test_debug_anomaly_looks_for_the_operation_that_made_a_nan():
+    trainer = made(compose(["debug=anomaly"]), "trainer")
+    assert (trainer._detect_anomaly, trainer.precision) == (True, "32-true")
+
+
+# --- what goes together
+
+LOSSES, SAMPLINGS = ("arcface", "contrastive", "supcon", "triplet"), ("balanced", "pairs", "triplets")
+DISTANCES = ("cosine", "euclidean", "euclidean distance.normalize_embeddings=false")
+# Written from the losses' papers and from how pytorch-metric-learning forms their tuples, not from the YAML.
+NEEDS_MORE_THAN_PAIRS = {"supcon", "triplet", "arcface"}
+NEEDS_LABELS = {"arcface"}
+ON_THE_SPHERE_ONLY = {"supcon", "arcface"}
+
+
+def refused(loss: str, sampling: str, distance: str) -> set[str]:
+    wrong = set()
+    if (sampling == "pairs" and loss in NEEDS_MORE_THAN_PAIRS) or (sampling == "triplets" and loss in NEEDS_LABELS):
+        wrong.add("sampling")
+    if distance == DISTANCES[2] and loss in ON_THE_SPHERE_ONLY:
+        wrong.add("distance")
+    return wrong
+
+
+def advice(message: str) -> list[tuple[str, str]]:
+    """The choices that a refusal proposes: all that stand after "use"."""
+    return re.findall(r"(\w+)=(\w+)", re.split(r"\b[Uu]se\b", message, maxsplit=1)[1])
+
+
+def test_the_table_has_every_loss_and_sampling_that_is_shipped():
+    assert set(LOSSES) == set(available("loss"))
+    assert set(SAMPLINGS) == set(available("sampling"))
+    assert {distance.partition(" ")[0] for distance in DISTANCES} == set(available("distance"))
+
+
+@pytest.mark.parametrize(("loss", "sampling", "distance"), list(itertools.product(LOSSES, SAMPLINGS, DISTANCES)))
+def test_what_goes_together_composes_and_the_rest_is_refused_with_a_way_out(loss, sampling, distance):
+    def command(**changed: str) -> list[str]:
+        said = {"loss": loss, "sampling": sampling, "distance": distance, **changed}
+        return [part for group, choice in said.items() for part in f"{group}={choice}".split()]
+
+    wrong = refused(loss, sampling, distance)
+    if not wrong:
+        assert plain(" ".join(command()))["choices"]["loss"] == loss
+        return
+    with pytest.raises(InputError) as error:
+        compose(command())
+    message = str(error.value)
+    assert message.count("\n") <= 1
+    assert f"loss={loss}" in message
+    named = [group for group in sorted(wrong) if f"{group}=" in message.partition(" use ")[0].partition(" Use ")[0]]
+    assert named, f"names none of {wrong}: {message}"
+    assert advice(message), f"proposes nothing: {message}"
+    for group, choice in advice(message):
+        if len(wrong) == 1:
+            assert plain(" ".join(command(**{group: choice})))
+        else:  # then the other fault is named next
+            with pytest.raises(InputError, match=f"{(wrong - set(named)).pop()}="):
+                compose(command(**{group: choice}))
+            break
+
+
+@pytest.mark.parametrize("loss", ["contrastive", "triplet"])
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_the_margins_are_right_for_the_distance(loss, distance):
+    """Two classes, each on one point, opposite to one another, cost nothing; scattered, collapsed or mixed up they do."""
+    config = plain(f"loss={loss} sampling=balanced distance={distance}")
+    criterion = build(config, "loss", distance=build(config, "distance"))
+    right, up, left, down = [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]
+
+    def cost(*places: list[float]) -> float:
+        return criterion(torch.tensor(places), torch.tensor([0, 0, 1, 1])).item()
+
+    assert cost(right, right, left, left) == pytest.approx(0, abs=1e-3)  # cdist rounds in single precision
+    assert cost(right, up, left, down) > 0.15
+    assert cost(right, right, right, right) > 0.15
+    assert cost(right, left, right, left) > 0.15
+
+
+@pytest.fixture
+def assembled(tiny, tmp_path, monkeypatch):
+    """assembled("loss=arcface") -> what train.py gives the LightningModule, without a step of training."""
+    import train
+    from siamese import module
+
+    class Assembled(BaseException):
+        pass
+
+    def run(*overrides: str) -> dict:
+        def stop(model, loss, miner, **others):
+            raise Assembled({"model": model, "loss": loss, "miner": miner, **others})
+
+        monkeypatch.setattr(module, "SiameseModule", stop)
+        config = compose([*tiny, *overrides])
+        config["paths"]["output_dir"] = str(tmp_path)
+        with pytest.raises(Assembled) as caught:
+            train.train(config)
+        return caught.value.args[0]
+
+    return run
+
+
+def test_loss_and_miner_measure_as_the_model_does(assembled):
+    parts = assembled("loss=triplet", "miner=semihard", "distance=euclidean", "distance.normalize_embeddings=false")
+    assert parts["loss"].distance is parts["miner"].distance is parts["model"].distance
+    assert not parts["model"].distance.normalize_embeddings
+
+
+def test_arcface_on_normalised_euclidean_keeps_its_own_cosine(assembled):
+    parts = assembled("loss=arcface", "distance=euclidean")
+    assert parts["loss"].distance.is_inverted
+    assert not parts["model"].distance.is_inverted
+
+
+def test_arcface_knows_the_classes_and_the_width_of_the_embedding(assembled):
+    parts = assembled("loss=arcface", "encoder.embedding_size=24")
+    assert tuple(parts["loss"].W.shape) == (24, 32)
+    assert parts["loss_lr"] == 0.03
+
+
+# --- fast, and without torch
+
+
+@pytest.mark.parametrize(("flags", "limit"), [(["--help"], 1.0), (["--cfg", "job"], 0.4)])
+def test_help_and_cfg_answer_at_once(python, flags, limit):
+    """In CPU seconds of a machine that imports hydra in 0.19 of them; a slower or busier one is given as much more."""
+    pairs = [(python("train.py", *flags), python("-c", "import hydra")) for _ in range(4)]
+    assert all(done.code == 0 and "optimized_metric" in done.out for done, _ in pairs)
+    least, hydra_alone = (min(done.cpu_seconds for done in column) for column in zip(*pairs, strict=True))
+    assert least < limit * max(1, hydra_alone / 0.19)
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+@pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"]])
+def test_help_and_cfg_import_nothing_heavy(python, script, flags):
+    done = python("-X", "importtime", script, *flags)
+    imported = set(re.findall(r"\| +(\w+)$", done.err, re.MULTILINE))
+    assert "hydra" in imported
+    assert not imported & {"torch", "lightning", "wandb", "numpy", "pytorch_metric_learning", "timm", "matplotlib"}

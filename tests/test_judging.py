@@ -1,0 +1,140 @@
+"""Judging: the threshold comes from validation, and a test split that is not wanted is never read."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
+
+from siamese import judging
+from siamese.bundle import Bundle
+from siamese.data.module import SiameseData
+from siamese.data.samples import Samples, Source
+from siamese.data.sampling import balanced
+from siamese.evaluation import evaluate
+
+SHAPE = (1, 8, 8)
+PARTS = {
+    "encoder": {"_target_": "siamese.encoders.MLP", "input_shape": list(SHAPE), "hidden": [16], "embedding_size": 8},
+    "distance": {"_target_": "pytorch_metric_learning.distances.CosineSimilarity"},
+    "preprocessing": {"_target_": "siamese.bundle.Standardize", "mean": [0.5], "std": [0.3]},
+}
+
+
+def patterns(classes: int, each: int, seed: int) -> Samples:
+    """uint8 images: a random pattern for each class, and much noise."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(classes).repeat(each)
+    noise = torch.randn(len(labels), *SHAPE, generator=generator)
+    images = (128 + 40 * torch.randn(classes, *SHAPE, generator=generator)[labels] + 40 * noise).clamp(0, 255).to(torch.uint8)
+    return Samples(images, labels, [f"pattern {c}" for c in range(classes)], [f"split {seed}, row {i}" for i in range(len(labels))])
+
+
+class Patterns(Source):
+    def __init__(self, tested: bool = True):
+        self.tested, self.asked = tested, []
+
+    def split(self, name: str) -> Samples:
+        self.asked.append(name)
+        if name == "test" and not self.tested:
+            raise AssertionError("the test split was touched")
+        return patterns(8, 6, ["train", "val", "test"].index(name))
+
+
+class WithRuns(Patterns):
+    """Supports come in another order than the labels: an answer is found by label, not by row."""
+
+    def oneshot_runs(self) -> list[tuple[Samples, Samples]]:
+        if not self.tested:
+            raise AssertionError("the runs of the test split were touched")
+        runs = []
+        for seed in (10, 11):
+            supports, queries = (patterns(8, 6, seed)[list(range(start, start + 8))] for start in (0, 8))
+            names = [str(c) for c in range(8)]
+            order = torch.randperm(8, generator=torch.Generator().manual_seed(seed))
+            runs.append((Samples(*queries[:2], names, names), Samples(supports.inputs[order], supports.labels[order], names, names)))
+        return runs
+
+
+def data(source: Source) -> SiameseData:
+    return SiameseData(source, lambda samples, seed: balanced(samples, seed, 4, 2))
+
+
+@pytest.fixture
+def model() -> Bundle:
+    torch.manual_seed(0)
+    return Bundle(PARTS)
+
+
+def test_val_and_test_are_judged_as_they_are(model):
+    results = judging.judge(model, data(Patterns()))
+    assert list(results) == ["val", "test"]
+    for seed, (name, threshold) in enumerate([("val", None), ("test", results["val"].figures["threshold"])], 1):
+        samples = patterns(8, 6, seed)
+        expected = evaluate(model.embed(samples.inputs), samples.labels, CosineSimilarity(), threshold=threshold)
+        assert results[name].figures == expected.figures
+        assert results[name].ids == samples.ids
+        assert results[name].class_names == samples.class_names
+
+
+def test_the_threshold_of_the_test_is_that_of_validation(model):
+    results = judging.judge(model, data(Patterns()))
+    assert results["test"].figures["threshold"] == results["val"].figures["threshold"] == model.threshold
+    samples = patterns(8, 6, 2)
+    own = evaluate(model.embed(samples.inputs), samples.labels, CosineSimilarity()).figures["threshold"]
+    assert own != model.threshold, "the test's own would be another"
+
+
+@pytest.mark.parametrize("kind", [Patterns, WithRuns])
+def test_a_test_split_that_is_not_wanted_is_never_read(model, kind):
+    source = kind(tested=False)
+    unwanted = data(source)
+    assert list(judging.judge(model, unwanted, test=False)) == ["val"]
+    assert list(judging.judge(judging.raw(model, SHAPE), unwanted, test=False)) == ["val"]
+    assert source.asked == ["val"]
+    with pytest.raises(AssertionError, match="touched"):
+        judging.judge(model, unwanted)
+
+
+def test_official_runs_are_judged_where_the_source_has_them(model):
+    source = WithRuns()
+    results = judging.judge(model, data(source))
+    wrong = total = 0
+    for queries, supports in source.oneshot_runs():
+        left, right = (torch.nn.functional.normalize(model.embed(part.inputs)) for part in (queries, supports))
+        best = supports.labels[(left @ right.T).argmax(1)]
+        wrong, total = wrong + int((best != queries.labels).sum()), total + len(best)
+    assert 0 < wrong < total
+    assert results["test"].figures["omniglot_error"] == pytest.approx(100 * wrong / total)
+    assert "omniglot_error" not in results["val"].figures
+    assert "omniglot_error" not in judging.judge(model, data(Patterns()))["test"].figures
+
+
+def test_the_raw_row_is_that_of_the_pixels(model):
+    samples = patterns(8, 6, 1)
+    results = judging.judge(judging.raw(model, SHAPE), data(Patterns()), test=False)
+    expected = evaluate(samples.inputs.flatten(1).double() / 255, samples.labels, CosineSimilarity()).figures
+    assert results["val"].figures == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_raw_row_uses_the_models_distance():
+    euclidean = {"_target_": "pytorch_metric_learning.distances.LpDistance", "normalize_embeddings": False}
+    raw = judging.raw(Bundle({**PARTS, "distance": euclidean}), SHAPE)
+    left, right = patterns(2, 1, 0).inputs
+    expected = -((left.double() - right.double()) / 255).norm()
+    assert raw.scores(raw.embed(left[None]), raw.embed(right[None])).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def test_the_raw_row_takes_a_distance_of_ones_own(tmp_path, monkeypatch):
+    code = "from pytorch_metric_learning.distances import LpDistance\nclass Mine(LpDistance):\n    pass\n"
+    (tmp_path / "my_distance.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = Bundle({**PARTS, "distance": {"_target_": "my_distance.Mine"}}, trust=("my_distance",))
+    assert type(judging.raw(model, SHAPE).distance) is type(model.distance)
+
+
+def test_figures_carry_the_name_of_their_row():
+    results = {"val": SimpleNamespace(figures={"auc": 0.5, "eer": 0.4}), "test": SimpleNamespace(figures={"auc": 0.6})}
+    assert dict(judging.figures(results)) == {"val/auc": 0.5, "val/eer": 0.4, "test/auc": 0.6}
+    assert judging.last_as("raw", results) == {"raw": results["test"]}
+    assert judging.last_as("raw", {"val": results["val"]}) == {"raw": results["val"]}

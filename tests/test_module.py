@@ -1,0 +1,461 @@
+"""Training: every combination that the configuration allows learns, and what watches over it speaks up when it should."""
+
+import functools
+import itertools
+import logging
+import math
+
+import lightning.pytorch as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
+from pytorch_metric_learning.losses import ArcFaceLoss, ContrastiveLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import TripletMarginMiner
+from pytorch_metric_learning.reducers import MeanReducer
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from siamese import judging
+from siamese.bundle import Bundle
+from siamese.callbacks import Health, ValidateLastEpoch
+from siamese.config import InputError, build, compose, partial, resolve
+from siamese.data.augmentation import Affine
+from siamese.data.glyphs import Glyphs
+from siamese.data.module import SiameseData
+from siamese.data.samples import Batch, Samples, Source
+from siamese.data.sampling import balanced, pairs, triplets
+from siamese.distances import scores
+from siamese.evaluation import evaluate
+from siamese.module import SiameseModule, health
+
+LOSSES, MINERS, SAMPLINGS = (
+    ("contrastive", "triplet", "supcon", "arcface"),
+    ("none", "all", "semihard", "hard"),
+    ("balanced", "pairs", "triplets"),
+)
+DISTANCES = ("cosine", "euclidean")
+REFUSED = {("triplet", "pairs"), ("supcon", "pairs"), ("arcface", "pairs"), ("arcface", "triplets")}
+# Where the data set brings its tuples, no miner is used.
+TRAINED = [
+    (loss, sampling, distance, miner)
+    for loss, sampling, distance in itertools.product(LOSSES, SAMPLINGS, DISTANCES)
+    for miner in (MINERS if sampling == "balanced" else ("none",))
+    if (loss, sampling) not in REFUSED
+]
+MLP = {"_target_": "siamese.encoders.MLP", "input_shape": [1, 32, 32], "hidden": [64], "embedding_size": 16}
+QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+
+
+class SomeGlyphs(Source):
+    """The first forty letters of each split, so that a test takes half a second."""
+
+    def split(self, name: str) -> Samples:
+        samples = Glyphs().split(name)
+        few = samples.labels < 40
+        ids = [i for i, kept in zip(samples.ids, few.tolist(), strict=True) if kept]
+        return Samples(samples.inputs[few], samples.labels[few], samples.class_names[:40], ids)
+
+
+@pytest.fixture(scope="module")
+def source() -> SomeGlyphs:
+    return SomeGlyphs()
+
+
+@functools.cache
+def composed(loss: str, sampling: str, distance: str) -> dict:
+    size = ["sampling.classes=16"] if sampling == "balanced" else ["sampling.batch_size=32"]
+    return compose([f"loss={loss}", f"sampling={sampling}", f"distance={distance}", *size])
+
+
+@functools.cache
+def miner_node(miner: str) -> dict:
+    return compose([f"miner={miner}"])["miner"]
+
+
+def loss_of(config: dict, model: Bundle, **more) -> nn.Module:
+    own = {"distance": model.distance} if config["distance"]["name"] in config["loss"]["goes_with"]["distance"] else {}
+    return build(config, "loss", num_classes=40, embedding_size=16, **own, **more)
+
+
+def assembled(source: Source, loss: str, sampling: str, distance: str, miner: str) -> tuple[SiameseModule, SiameseData, dict]:
+    """What train.py builds of a configuration, with a small encoder."""
+    config = {**composed(loss, sampling, distance), "miner": miner_node(miner)}
+    torch.manual_seed(0)
+    data = SiameseData(source, partial(config, "sampling"), config["seed"])
+    preprocessing = {"_target_": "siamese.bundle.Standardize", **data.standardization()}
+    model = Bundle({"encoder": MLP, "distance": resolve(config, "distance"), "preprocessing": preprocessing})
+    chosen = build(config, "miner", distance=model.distance)
+    assert (chosen is None) == (miner == "none")
+    options = {"optimizer": partial(config, "optimizer"), "loss_lr": config["loss"].get("lr")}
+    return SiameseModule(model, loss_of(config, model), chosen, **options), data, config
+
+
+def module_of(loss: nn.Module, distance: dict | None = None, **options) -> SiameseModule:
+    torch.manual_seed(0)
+    distance = distance or {"_target_": "pytorch_metric_learning.distances.CosineSimilarity"}
+    parts = {"encoder": MLP, "distance": distance, "preprocessing": {"_target_": "siamese.bundle.Standardize"}}
+    return SiameseModule(Bundle(parts), loss, **options)
+
+
+def trainer(**options) -> L.Trainer:
+    return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, use_distributed_sampler=False, **{**QUIET, **options})
+
+
+class Gradients(Callback):
+    """The encoder's gradients of the first steps."""
+
+    def __init__(self):
+        self.norms: list[float] = []
+
+    def on_after_backward(self, trainer, module):
+        if len(self.norms) < 3:
+            self.norms.append(sum(p.grad.norm().item() for p in module.model.encoder.parameters()))
+
+
+# All losses, miners, samplings and distances
+
+
+@pytest.mark.parametrize(("loss", "sampling", "distance", "miner"), TRAINED)
+def test_every_combination_learns(source, loss, sampling, distance, miner):
+    module, data, config = assembled(source, loss, sampling, distance, miner)
+    # The shipped losses average over the tuples that are not solved yet, which does not fall when more of them are solved.
+    every = loss_of(config, module.model, reducer=MeanReducer())
+    batch = data.train[torch.arange(0, len(data.train), 3)] if sampling == "balanced" else next(iter(data.train_dataloader()))
+
+    def embeddings() -> Tensor:
+        with torch.no_grad():
+            return module.model.train()(batch.inputs)
+
+    def separation(embedded: Tensor) -> float:
+        same = batch.labels[:, None] == batch.labels
+        return roc_auc_score(same.flatten(), scores(module.model.distance, embedded, embedded).flatten())
+
+    before = embeddings()
+    tuples = module.tuples(batch, before)  # mined once: a miner that moves on to harder ones hides that the old are solved
+
+    def objective(embedded: Tensor) -> float:
+        every.load_state_dict(module.loss.state_dict())
+        return every(embedded, batch.labels, tuples).item()
+
+    losses, gradients = [objective(before)], Gradients()
+    trainer(max_steps=20, limit_val_batches=0, callbacks=[gradients]).fit(module, data)
+    losses.append(objective(after := embeddings()))
+    assert all(math.isfinite(norm) and norm > 0 for norm in gradients.norms), gradients.norms
+    assert losses[1] < 0.8 * losses[0]
+    assert separation(after) > separation(before) + 0.03
+
+
+@pytest.mark.parametrize(("loss", "sampling"), sorted(REFUSED))
+def test_a_loss_that_cannot_use_the_tuples_is_refused(loss, sampling):
+    with pytest.raises(InputError, match=f"loss={loss} does not go with sampling={sampling}"):
+        compose([f"loss={loss}", f"sampling={sampling}"])
+
+
+@pytest.mark.parametrize(("loss", "fine"), [("arcface", False), ("supcon", False), ("triplet", True), ("contrastive", True)])
+def test_off_the_sphere_only_losses_that_know_it_are_let_through(loss, fine):
+    overrides = [f"loss={loss}", "distance=euclidean", "distance.normalize_embeddings=false"]
+    if fine:
+        assert compose(overrides)["distance"]["normalize_embeddings"] is False
+    else:
+        with pytest.raises(InputError, match=f"loss={loss} is not defined for distance=euclidean without normalisation"):
+            compose(overrides)
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_loss_and_miner_measure_with_the_runs_distance(source, distance):
+    for loss in ("contrastive", "triplet"):
+        module, *_ = assembled(source, loss, "balanced", distance, "hard")
+        assert module.loss.distance is module.model.distance is module.miner.distance
+
+
+def test_tuples_of_a_batch_come_before_those_of_the_miner(source):
+    module = module_of(TripletMarginLoss(), miner=TripletMarginMiner())
+    batch = next(iter(triplets(source.split("train"), 0, batch_size=8)))
+    embedded = torch.randn(24, 16)
+    assert module.tuples(batch, embedded) is batch.tuples
+    mined = module.tuples(Batch(batch.inputs, batch.labels), embedded)
+    assert all(torch.equal(a, b) for a, b in zip(mined, module.miner(embedded, batch.labels), strict=True))
+    assert module_of(TripletMarginLoss()).tuples(Batch(batch.inputs, batch.labels), embedded) is None
+
+
+# Optimizer and schedule
+
+
+def test_the_directions_of_arcface_are_trained_at_a_rate_of_their_own(source, tmp_path):
+    module, data, config = assembled(source, "arcface", "balanced", "cosine", "none")
+    assert config["loss"]["lr"] != config["optimizer"]["lr"]
+    before = module.loss.W.detach().clone()
+    fitted = trainer(max_steps=4, limit_val_batches=0)
+    fitted.fit(module, data)
+    rates = {id(p): group["lr"] for group in fitted.optimizers[0].param_groups for p in group["params"]}
+    assert rates[id(module.loss.W)] == config["loss"]["lr"]
+    assert all(rates[id(p)] == config["optimizer"]["lr"] for p in module.model.parameters())
+    assert len(rates) == len(list(module.parameters())), "every weight is trained, once"
+    assert not torch.equal(module.loss.W, before)
+    fitted.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert torch.equal(saved["state_dict"]["loss.W"], module.loss.W)
+
+
+def test_without_a_rate_of_its_own_the_loss_takes_the_optimizers():
+    module = module_of(ArcFaceLoss(40, 16), optimizer=functools.partial(torch.optim.SGD, lr=0.25))
+    assert [group["lr"] for group in module.configure_optimizers().param_groups] == [0.25, 0.25]
+
+
+def test_a_loss_without_weights_adds_no_group():
+    assert len(module_of(TripletMarginLoss()).configure_optimizers().param_groups) == 1
+
+
+class Rates(Callback):
+    """The learning rate of each group at each step."""
+
+    def __init__(self):
+        self.seen: list[list[float]] = []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+def test_a_schedule_gets_its_length_and_peaks_from_the_run(source, schedule):
+    config = compose([f"scheduler={schedule}"])
+    module = module_of(
+        ArcFaceLoss(40, 16),
+        optimizer=functools.partial(torch.optim.SGD, lr=0.01),
+        scheduler=partial(config, "scheduler"),
+        loss_lr=0.04,
+    )
+    data, rates = SiameseData(source, lambda samples, seed: balanced(samples, seed, 16, 4)), Rates()
+    trainer(max_epochs=3, limit_val_batches=0, callbacks=[rates]).fit(module, data)
+    first, second = torch.tensor(rates.seen).T
+    assert len(first) == 3 * len(data.train_dataloader())
+    assert second.tolist() == pytest.approx((4 * first).tolist(), rel=1e-3), "each group by its own peak"
+    assert first.max() == pytest.approx(0.01, rel=0.02)
+    assert first[-1] < 0.05 * first.max(), "it ends when the run does"
+    assert (schedule == "onecycle") == (first.argmax() > 0)
+
+
+def test_the_seed_decides_the_run(source):
+    def weights(seed: int) -> Tensor:
+        module = module_of(ContrastiveLoss(), augmentation=Affine(), seed=seed)  # the same weights at first
+        loader = balanced(source.split("train"), 0, 16, 4)
+        trainer(max_steps=4).fit(module, loader)
+        return nn.utils.parameters_to_vector(module.model.parameters())
+
+    first = weights(0)
+    torch.rand(17)  # whatever else has drawn from the global generator
+    assert torch.equal(weights(0), first)
+    assert not torch.equal(weights(1), first)
+
+
+def test_every_step_is_augmented_anew(source):
+    def seeds(seed: int) -> list[int]:
+        seen = []
+
+        def augmentation(inputs: Tensor, generator: torch.Generator) -> Tensor:
+            seen.append(generator.initial_seed())
+            return inputs
+
+        trainer(max_steps=6).fit(
+            module_of(ContrastiveLoss(), augmentation=augmentation, seed=seed), balanced(source.split("train"), 0, 16, 4)
+        )
+        return seen
+
+    assert seeds(0) == seeds(0)
+    assert len({*seeds(0), *seeds(1)}) == 12
+
+
+# Health
+
+
+def by_loops(embeddings: Tensor, labels: list[int], apart) -> tuple[float, float, float]:
+    """Mean positive and negative distance, and the spread."""
+    places = range(len(labels))
+    positive = [apart(embeddings[i], embeddings[j]) for i in places for j in places if i != j and labels[i] == labels[j]]
+    negative = [apart(embeddings[i], embeddings[j]) for i in places for j in places if labels[i] != labels[j]]
+    mean = sum(one / one.norm() for one in embeddings) / len(embeddings)
+    return sum(positive) / len(positive), sum(negative) / len(negative), 1 - mean.norm().item()
+
+
+@pytest.mark.parametrize(
+    ("distance", "apart"),
+    [
+        (CosineSimilarity(), lambda a, b: 1 - (a @ b / a.norm() / b.norm()).item()),
+        (LpDistance(), lambda a, b: (a / a.norm() - b / b.norm()).norm().item()),
+        (LpDistance(normalize_embeddings=False), lambda a, b: (a - b).norm().item()),
+    ],
+    ids=["cosine", "sphere", "plain"],
+)
+def test_health_is_what_loops_find(distance, apart):
+    embeddings = torch.randn(9, 4, generator=torch.Generator().manual_seed(0)) + 0.5
+    labels = [0, 0, 0, 0, 1, 1, 1, 2, 3]
+    figures = health(embeddings, torch.tensor(labels), None, distance)
+    positive, negative, spread = by_loops(embeddings, labels, apart)
+    assert figures["train/positive_distance"] == pytest.approx(positive, abs=1e-5)
+    assert figures["train/negative_distance"] == pytest.approx(negative, abs=1e-5)
+    assert figures["train/spread"] == pytest.approx(spread, abs=1e-5)
+
+
+def test_health_counts_tuples():
+    labels = [0, 0, 0, 1, 1, 2]
+    embeddings, distance = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), CosineSimilarity()
+    places = range(6)
+    every_pair = [(i, j) for i in places for j in places if i != j]
+    every_triplet = [(a, p, n) for a, p in every_pair for n in places if labels[a] == labels[p] != labels[n]]
+
+    def counted(tuples) -> tuple[float, float]:
+        figures = health(embeddings, torch.tensor(labels), tuples, distance)
+        return figures["train/mined_tuples"], figures["train/mined_fraction"]
+
+    assert counted(None) == (len(every_pair), 1)
+    everything = torch.tensor(every_triplet).T
+    assert counted(tuple(everything)) == (len(every_triplet), 1)
+    assert counted(tuple(everything[:, :5])) == (5, 5 / len(every_triplet))
+    assert counted(tuple(everything[:, :0])) == (0, 0)
+    positive = torch.tensor([(i, j) for i, j in every_pair if labels[i] == labels[j]]).T
+    negative = torch.tensor([(i, j) for i, j in every_pair if labels[i] != labels[j]]).T
+    assert counted((*positive, *negative)) == (len(every_pair), 1)
+    assert counted((*positive[:, :2], *negative[:, :7])) == (9, 9 / len(every_pair))
+
+
+def test_the_spread_tells_a_collapsed_space_from_a_full_one():
+    labels = torch.arange(50).repeat(2)
+    generator = torch.Generator().manual_seed(0)
+    collapsed = torch.ones(100, 32) + 1e-3 * torch.randn(100, 32, generator=generator)
+    full = torch.randn(100, 32, generator=generator)
+    assert health(collapsed, labels, None, CosineSimilarity())["train/spread"] < 1e-4
+    assert health(full, labels, None, CosineSimilarity())["train/spread"] > 0.8
+
+
+class Figures(Callback):
+    """Everything logged, step by step."""
+
+    def __init__(self):
+        self.steps: list[dict[str, float]] = []
+
+    def on_train_batch_end(self, trainer, *_):
+        self.steps.append({name: value.item() for name, value in trainer.callback_metrics.items()})
+
+
+def test_the_active_fraction_is_the_share_of_triplets_that_violate_the_margin(source):
+    module, seen = module_of(TripletMarginLoss(margin=0.2, distance=CosineSimilarity())), Figures()
+    batch = next(iter(triplets(source.split("train"), 0, batch_size=40)))
+    with torch.no_grad():
+        anchor, positive, negative = nn.functional.normalize(module.model.train()(batch.inputs)).split(40)
+    active = ((anchor * negative).sum(1) - (anchor * positive).sum(1) + 0.2 > 0).float().mean().item()
+    assert 0 < active < 1
+    trainer(max_steps=1, log_every_n_steps=1, callbacks=[seen]).fit(module, triplets(source.split("train"), 0, batch_size=40))
+    assert seen.steps[0]["train/active_fraction"] == pytest.approx(active, abs=1e-6)
+    assert seen.steps[0]["train/mined_tuples"] == 40
+
+
+def test_health_is_logged_at_the_steps_that_are_logged(source):
+    module, seen = module_of(ContrastiveLoss()), Figures()
+    trainer(max_steps=7, log_every_n_steps=3, callbacks=[seen]).fit(module, balanced(source.split("train"), 0, 16, 4))
+    assert all("train/loss" in step for step in seen.steps)
+    spreads = [step.get("train/spread") for step in seen.steps]
+    assert spreads[:2] == [None, None]
+    assert len(set(spreads[2:5])) == len(set(spreads[5:])) == 1
+    assert spreads[2] != spreads[5]
+
+
+# Callbacks
+
+
+def collapse(module: SiameseModule) -> SiameseModule:
+    """All inputs on one point, and no way out of it."""
+    last = module.model.encoder.layers[-1]
+    nn.init.zeros_(last.weight)
+    nn.init.ones_(last.bias)
+    module.make_optimizer = functools.partial(torch.optim.SGD, lr=0.0)
+    return module
+
+
+@pytest.mark.parametrize(("collapsed", "warnings"), [(True, 1), (False, 0)])
+def test_a_collapsed_space_is_said_once(source, caplog, collapsed, warnings):
+    module = module_of(ContrastiveLoss())
+    module = collapse(module) if collapsed else module
+    with caplog.at_level(logging.WARNING):
+        trainer(max_steps=20, log_every_n_steps=2, callbacks=[Health(patience=6)]).fit(module, balanced(source.split("train"), 0, 16, 4))
+    messages = [record.getMessage() for record in caplog.records if "collapsed" in record.getMessage()]
+    assert len(messages) == warnings
+    assert all(message.startswith("step 6:") for message in messages), "as soon as its patience ends"
+
+
+def test_an_encoder_is_given_time_to_unfold(source, caplog):
+    with caplog.at_level(logging.WARNING):
+        loader = balanced(source.split("train"), 0, 16, 4)
+        trainer(max_steps=8, log_every_n_steps=1, callbacks=[Health(patience=9)]).fit(collapse(module_of(ContrastiveLoss())), loader)
+    assert "collapsed" not in caplog.text
+
+
+@pytest.mark.parametrize(("batches", "remarks"), [(1, 0), (4, 1)])
+def test_accumulated_gradients_are_no_larger_pool(source, caplog, batches, remarks):
+    with caplog.at_level(logging.WARNING):
+        options = {"accumulate_grad_batches": batches, "max_steps": 1, "callbacks": [Health()]}
+        trainer(**options).fit(module_of(ContrastiveLoss()), balanced(source.split("train"), 0, 16, 4))
+    assert (
+        caplog.text.count("trainer.accumulate_grad_batches=4 adds up gradients") == caplog.text.count("accumulate_grad_batches") == remarks
+    )
+
+
+class Validations(Callback):
+    """The epochs after which there was a validation, and its figures."""
+
+    def __init__(self):
+        self.epochs: list[int] = []
+        self.figures: dict[str, float] = {}
+
+    def on_validation_end(self, trainer, *_):
+        self.epochs.append(trainer.current_epoch)
+        self.figures = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+
+
+@pytest.mark.parametrize(("epochs", "every", "expected"), [(4, 3, [2, 3]), (4, 2, [1, 3]), (2, 5, [1]), (3, 1, [0, 1, 2])])
+def test_the_last_epoch_is_validated_too(source, epochs, every, expected):
+    data, seen = SiameseData(source, lambda samples, seed: balanced(samples, seed, 16, 4)), Validations()
+    short = {"max_epochs": epochs, "check_val_every_n_epoch": every, "limit_train_batches": 1}
+    trainer(callbacks=[ValidateLastEpoch(), seen], **short).fit(module_of(ContrastiveLoss()), data)
+    assert seen.epochs == expected
+
+
+# Validation
+
+
+@pytest.mark.parametrize("loader", [balanced, pairs, triplets])
+def test_validation_is_judging(source, loader):
+    module, seen = module_of(ContrastiveLoss(distance=CosineSimilarity(), pos_margin=1, neg_margin=0.5)), Validations()
+    make = functools.partial(loader, classes=16) if loader is balanced else loader
+    data = SiameseData(source, lambda samples, seed: make(samples, seed))
+    trainer(max_epochs=2, limit_train_batches=2, callbacks=[seen]).fit(module, data)
+    expected = judging.judge(module.model, data, test=False)["val"].figures
+    embedded = module.model.embed(data.val.inputs)
+    assert expected == evaluate(embedded, data.val.labels, CosineSimilarity()).figures
+    logged = dict(seen.figures)
+    loss = logged.pop("val/loss", None)
+    shared = {f"val/{name}": value for name, value in expected.items() if not name.startswith("oneshot")}
+    assert logged == pytest.approx(shared, abs=1e-5)
+    assert (loss is None) == (loader is balanced), "where training forms its tuples, validation has the same loss"
+    if loss is not None:
+        fixed = make(data.val, seed=0)
+        sums = [(module.loss(module.model.embed(b.inputs), b.labels, b.tuples).item(), len(b.inputs)) for b in fixed]
+        assert loss == pytest.approx(sum(value * count for value, count in sums) / sum(count for _, count in sums), rel=1e-3)
+
+
+def test_a_run_that_is_not_tested_reads_no_test_split(source):
+    class Untested(SomeGlyphs):
+        def split(self, name: str) -> Samples:
+            assert name != "test"
+            return super().split(name)
+
+    data = SiameseData(Untested(), lambda samples, seed: balanced(samples, seed, 16, 4))
+    trainer(max_steps=2).fit(module_of(ContrastiveLoss()), data)
+
+
+def test_standardization_is_that_of_the_training_inputs(source):
+    data = SiameseData(source, lambda samples, seed: balanced(samples, seed, 16, 4))
+    fractions = source.split("train").inputs.double() / 255
+    found = data.standardization()
+    assert found["mean"] == pytest.approx([fractions.mean().item()])
+    assert found["std"] == pytest.approx([fractions.std().item()])

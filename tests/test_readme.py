@@ -1,0 +1,126 @@
+"""README.md does what it says: every command runs (with fewer steps), every example of one's own works as printed."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from siamese.config import ROOT
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+COMMANDS = [line.partition("#")[0].strip() for language, text in BLOCKS if language == "bash" for line in text.splitlines() if line.strip()]
+FEW_STEPS = ["debug=fast", "logger=none"]
+OMNIGLOT = Path(os.environ["SIAMESE_DATA_DIR"], "omniglot")
+
+
+def run(command: list[str], cwd: Path, **environment: str) -> str:
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment}, timeout=300)
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout[-1500:]}\n{done.stderr[-1500:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    """The project without its history, so that examples can be added and runs leave nothing behind."""
+    folder = tmp_path_factory.mktemp("readme") / "project"
+    folder.mkdir()
+    for name in ("conf", "scripts", "src"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    for name in ("train.py", "evaluate.py"):
+        shutil.copy(ROOT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stamps(copy) -> dict[str, str]:
+    """A finished run and a finished sweep, for the commands that look at one."""
+    environment = {"PYTHONPATH": str(copy / "src")}
+    run([sys.executable, "train.py", *FEW_STEPS, "hydra.run.dir=logs/train/runs/one"], copy, **environment)
+    run([sys.executable, "train.py", "-m", "seed=0,1", *FEW_STEPS, "hydra.sweep.dir=logs/train/multiruns/one"], copy, **environment)
+    return environment
+
+
+def shortened(command: str) -> list[str] | None:
+    """The command with fewer steps; None for those that set up or download, which CI and test_download.py run."""
+    words = [sys.executable if word == "python" else word for word in shlex.split(command.replace("<stamp>", "one"))]
+    if words[0] == "make" or "scripts/download.py" in words:
+        return None
+    if "scripts/benchmark_default.py" in words:
+        return None
+    if words[1] == "train.py":
+        small = ["dataset.background=small1"] if any("omniglot" in word for word in words) else []
+        kept = [word for word in words if not word.startswith("trainer.max_epochs")]
+        return [*kept, *FEW_STEPS, *small, "sampling.classes=16"] if small else [*kept, *FEW_STEPS]
+    return words
+
+
+@pytest.mark.parametrize("command", [command for command in COMMANDS if shortened(command)])
+def test_command_works_as_written(command, copy, stamps):
+    words = shortened(command)
+    if any("omniglot" in word for word in words) and not OMNIGLOT.is_dir():
+        pytest.skip(f"no Omniglot in {OMNIGLOT}")
+    run(words, copy, **stamps)
+
+
+def test_make_targets_named_exist():
+    targets = {shlex.split(command)[1] for command in COMMANDS if command.startswith("make ")}
+    assert targets == {"train", "test"}
+    for target in targets:
+        subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_examples_of_ones_own_work_as_printed(copy):
+    """Each YAML names its file and the command to try it in its first line; the code before it goes where the text says."""
+    section = README[README.index("## Add your own") : README.index("## Layout")]
+    commands = []
+    for language, text in re.findall(r"^```(\w+)\n(.*?)^```", section, re.DOTALL | re.MULTILINE):
+        first = text.partition("\n")[0]
+        code = [line for line in text.splitlines() if line and not line.startswith(("#", "import ", "from "))]
+        assert len(code) <= 10
+        if language == "yaml":
+            path, command = re.fullmatch(r"# (\S+), then: (.*)", first).groups()
+            (copy / path).write_text(text)
+            commands.append(command)
+        elif first.startswith("# src/"):
+            (copy / first.removeprefix("# ")).write_text(text)
+        else:
+            encoders = copy / "src" / "siamese" / "encoders.py"
+            encoders.write_text(f"{encoders.read_text()}\n\n{text}")
+    assert len(commands) == 4
+    for command in commands:
+        words = [sys.executable, *shlex.split(command)[1:], *FEW_STEPS, f"paths.output_dir={copy}/own"]
+        run(words, copy, PYTHONPATH=str(copy / "src"))
+
+
+def test_bundle_example_runs(copy, stamps):
+    code = next(text for language, text in BLOCKS if language == "python" and "Bundle.load" in text).replace("<stamp>", "one")
+    before = "import torch\nimages = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)\n"
+    after = "\nassert embeddings.shape == (4, 64) and same.shape == (1, 3) and same.all()"
+    run([sys.executable, "-c", before + code + after], copy, **stamps)
+
+
+def test_generated_parts_are_up_to_date():
+    run([sys.executable, "scripts/readme.py", "--check"], ROOT)
+
+
+def test_it_is_short_and_its_links_lead_somewhere():
+    assert len(README.splitlines()) <= 250
+    for path in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_figures_come_from_the_benchmark_and_reach_its_targets():
+    import json
+
+    from scripts.benchmark_default import TARGETS, missed
+
+    rows = json.loads((ROOT / "docs" / "default.json").read_text())
+    assert {"name", "value", "target", "unit"} <= rows[0].keys()
+    assert {row["name"].rpartition(" ")[2] for row in rows if row["target"] is not None} >= TARGETS.keys()
+    assert missed(rows) == []

@@ -1,0 +1,140 @@
+"""A run that was cut off and resumed ends as one that was never cut off, to the last bit."""
+
+import csv
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from siamese.config import InputError
+from siamese.module import SiameseModule
+
+EPOCHS = ("trainer.max_epochs=4", "test=false")
+RUNS = {
+    "the default": [],
+    "a loss with weights of its own": ["loss=arcface", "scheduler=cosine"],
+    "pairs": ["sampling=pairs", "loss=contrastive", "optimizer=sgd", "optimizer.lr=0.01"],
+}
+
+
+def rows(run) -> list[dict[str, str]]:
+    with (run / "metrics.csv").open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def final(run) -> dict[str, float]:
+    found = json.loads((run / "metrics.json").read_text())
+    return {key: value for key, value in found.items() if key.startswith("val/")}
+
+
+def checkpoint(run, name: str = "last") -> dict:
+    return torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True)
+
+
+def equal(one, other) -> bool:
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+@pytest.fixture
+def cut_off(fit, monkeypatch):
+    """cut_off(folder, "loss=triplet") -> a run that dies when its third epoch starts."""
+
+    def run(folder, *overrides: str) -> None:
+        def die(module):
+            if module.current_epoch == 2:
+                raise RuntimeError("the power went")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(SiameseModule, "on_train_epoch_start", die, raising=False)
+            with pytest.raises(RuntimeError, match="the power went"):
+                fit(folder, *overrides, *EPOCHS)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def straight(fit, tmp_path_factory):
+    """straight("loss=triplet") -> the directory of a run that never stopped, each made once and to be read only."""
+
+    @functools.cache
+    def run(*overrides: str) -> Path:
+        folder = tmp_path_factory.mktemp("straight") / "run"
+        fit(folder, *overrides, *EPOCHS)
+        return folder
+
+    return run
+
+
+@pytest.mark.parametrize("overrides", RUNS.values(), ids=list(RUNS))
+def test_a_resumed_run_ends_as_one_that_never_stopped(fit, cut_off, straight, tmp_path, overrides):
+    whole, first, second = straight(*overrides), tmp_path / "first", tmp_path / "second"
+    cut_off(first, *overrides)
+    before = checkpoint(first)
+    assert before["epoch"] == 1, "last.ckpt is that of an earlier epoch"
+    assert not (first / "metrics.json").exists()
+    fit(second, *overrides, *EPOCHS, f"ckpt={first}/checkpoints/last.ckpt")
+
+    one, other = checkpoint(whole), checkpoint(second)
+    assert other["global_step"] == one["global_step"] == 2 * before["global_step"]
+    assert not equal(before["state_dict"], other["state_dict"])
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert equal(one[part], other[part]), part
+    # Its curves go on where the first one's ended.
+    assert int(rows(second)[0]["step"]) == before["global_step"]
+    tail = [row for row in rows(whole) if int(row["step"]) >= before["global_step"]]
+    for name in ("train/loss", "val/map_at_r"):
+        assert [row[name] for row in rows(second) if row[name]] == [row[name] for row in tail if row[name]]
+
+
+def test_the_best_checkpoint_from_before_the_cut_still_counts(fit, cut_off, straight, tmp_path):
+    """Learning at a rate that ruins the encoder: the first validations are the best."""
+    ruin = ("optimizer=sgd", "optimizer.lr=30", "scheduler=none")
+    whole = straight(*ruin)
+    curve = [float(row["val/map_at_r"]) for row in rows(whole) if row["val/map_at_r"]]
+    assert max(curve[:2]) > max(curve[2:]), "the test needs a run that gets worse"
+    cut_off(tmp_path / "first", *ruin)
+    fit(tmp_path / "second", *ruin, *EPOCHS, f"ckpt={tmp_path}/first/checkpoints/last.ckpt")
+    assert final(tmp_path / "second") == final(whole)
+
+
+def test_a_run_resumed_in_its_own_directory_is_whole(fit, cut_off, straight, tmp_path):
+    cut_off(tmp_path)
+    fit(tmp_path, *EPOCHS, f"ckpt={tmp_path}/checkpoints/last.ckpt")
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert equal(checkpoint(tmp_path)["state_dict"], checkpoint(straight())["state_dict"])
+    assert final(tmp_path) == final(straight())
+    one, other = ([row["train/loss"] for row in rows(run) if row["train/loss"]] for run in (tmp_path, straight()))
+    assert one == other, "the curves from before the cut are gone"
+
+
+def test_a_finished_run_can_go_on_for_more_epochs(fit, straight, tmp_path):
+    fit(tmp_path / "first", "scheduler=none", "trainer.max_epochs=2", "test=false")
+    fit(tmp_path / "second", "scheduler=none", *EPOCHS, f"ckpt={tmp_path}/first/checkpoints/last.ckpt")
+    assert equal(checkpoint(tmp_path / "second")["state_dict"], checkpoint(straight("scheduler=none"))["state_dict"])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "encoder.widths=[8,8,9]",
+        "encoder.embedding_size=17",
+        "distance=euclidean",
+        "loss=arcface",  # has weights that the checkpoint lacks
+        "optimizer=sgd optimizer.lr=0.01",  # keeps another state for each weight
+        "scheduler=none",
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_in_a_sentence(fit, tiny_run, tmp_path, other):
+    path = f"{tiny_run}/checkpoints/last.ckpt"
+    with pytest.raises(InputError) as error:
+        fit(tmp_path, f"ckpt={path}", *other.split(), *EPOCHS)
+    assert path in str(error.value)
+    assert str(error.value).count("\n") <= 1
