@@ -7,7 +7,7 @@
 Writes metrics.json and results.npz into logs/evaluate/runs/<stamp>/.
 """
 
-from siamese.config import ROOT, InputError, as_input_error, build, fitting, launch, resolve
+from siamese.config import ROOT, InputError, as_input_error, build, bundle_arguments, launch
 
 
 def evaluate(config: dict) -> dict[str, float]:
@@ -46,15 +46,10 @@ def evaluate(config: dict) -> dict[str, float]:
         log.info("validate on %s, test on %s", data.val, data.test)
     input_shape = list(data.val.inputs.shape[1:])
     if not ckpt:
-        encoder = resolve(config, "encoder")
         torch.manual_seed(config["seed"])
-        parts = {
-            "encoder": {**encoder, **fitting(encoder, "encoder", {"input_shape": input_shape})},
-            "distance": resolve(config, "distance"),
-            "preprocessing": {"_target_": "siamese.bundle.Standardize", **data.standardization()},
-        }
+        made_of = bundle_arguments(config, input_shape, data.standardization())
         with as_input_error("encoder"):
-            model = Bundle(parts, trust=(parts["encoder"]["_target_"].partition(".")[0],))
+            model = Bundle(**made_of)
     elif model.parts["encoder"].get("input_shape", input_shape) != input_shape:
         trained = model.parts["encoder"]["input_shape"]
         remedy = ": set dataset.size" if "size" in config["dataset"] else ""

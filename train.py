@@ -15,7 +15,7 @@ A run's directory, logs/train/runs/<stamp>/, holds metrics.json, results.npz, ch
 
 import sys
 
-from siamese.config import ROOT, InputError, as_input_error, build, construct, fitting, launch, partial, resolve
+from siamese.config import ROOT, InputError, as_input_error, build, bundle_arguments, construct, launch, partial
 
 
 def train(config: dict) -> dict[str, float]:
@@ -51,15 +51,10 @@ def train(config: dict) -> dict[str, float]:
             _ = data.test, data.source.oneshot_runs()
     with as_input_error("sampling"):
         data.setup()
-    encoder = resolve(config, "encoder")
-    parts = {
-        "encoder": {**encoder, **fitting(encoder, "encoder", {"input_shape": list(input_shape)})},
-        "distance": resolve(config, "distance"),
-        "preprocessing": {"_target_": "siamese.bundle.Standardize", **data.standardization()},
-    }
-    trust = (encoder["_target_"].partition(".")[0],)  # the user's own configuration, not a file from elsewhere
+    made_of = bundle_arguments(config, input_shape, data.standardization())
+    parts, trust = made_of["parts"], made_of["trust"]
     with as_input_error("encoder"):
-        model = Bundle(parts, trust=trust)
+        model = Bundle(**made_of)
     # A loss that is defined for cosine alone keeps its own distance; the check has seen that the run's ranks alike.
     offered = {"distance": model.distance} if config["distance"]["name"] in config["loss"]["goes_with"]["distance"] else {}
     loss = build(config, "loss", num_classes=classes, embedding_size=model.encoder.embedding_size, **offered)

@@ -288,6 +288,17 @@ def fitting(node: dict, name: str, offered: dict) -> dict:
     return {key: value for key, value in offered.items() if key in takes and key not in node}
 
 
+def bundle_arguments(config: dict, input_shape: tuple[int, ...], standardization: dict[str, list[float]]) -> dict:
+    """What an untrained `Bundle` is made of, for data of this shape; the user's own configuration, so its packages are trusted."""
+    encoder, distance = resolve(config, "encoder"), resolve(config, "distance")
+    parts = {
+        "encoder": {**encoder, **fitting(encoder, "encoder", {"input_shape": list(input_shape)})},
+        "distance": distance,
+        "preprocessing": {"_target_": "siamese.bundle.Standardize", **standardization},
+    }
+    return {"parts": parts, "trust": tuple(part["_target_"].partition(".")[0] for part in (encoder, distance))}
+
+
 def construct(node: dict, name: str, /, **offered):
     """Call a node's target with its arguments and those of `offered` that fit, by reference: nothing is copied.
 
