@@ -16,10 +16,15 @@ _BATCH = 512
 class SiameseData(L.LightningDataModule):
     """Splits are read when first asked for: a run with `test=false` never touches the test split.
 
+    Only the training split may be without labels, if the loader has pairs or triplets that were listed.
+
     Args:
         source: where the splits come from.
         loader: makes the training loader, `loader(samples=..., seed=...)`: one of `siamese.data.sampling`.
         seed: of the batches.
+
+    Raises:
+        ValueError: when a split is asked for that judging needs the labels of, and it has none.
     """
 
     def __init__(self, source: Source, loader: Callable[..., DataLoader], seed: int = 0):
@@ -32,11 +37,17 @@ class SiameseData(L.LightningDataModule):
 
     @cached_property
     def val(self) -> Samples:
-        return self.source.split("val")
+        return self._judged("val")
 
     @cached_property
     def test(self) -> Samples:
-        return self.source.split("test")
+        return self._judged("test")
+
+    def _judged(self, name: str) -> Samples:
+        samples = self.source.split(name)
+        if not samples.labelled:
+            raise ValueError(f"the {name} split has no labels, by which it is judged: only the training split may be without")
+        return samples
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -60,10 +71,14 @@ class SiameseData(L.LightningDataModule):
         return self._training_loader
 
     def val_dataloader(self) -> list[DataLoader]:
-        """All validation samples in order, to be embedded; where training forms its own tuples, the same fixed ones of validation too."""
+        """All validation samples in order, to be embedded; where training brings its own tuples, fixed ones of validation too.
+
+        These are drawn by the labels, in training's share of positives, whether training's are drawn or listed.
+        """
         order = torch.arange(len(self.val))
         loaders = [DataLoader(self.val, sampler=list(order.split(_BATCH)), batch_size=None)]
-        if isinstance(self._training_loader.dataset, (sampling.PairDataset, sampling.TripletDataset)):
-            fixed = self.loader(samples=self.val, seed=0)
-            loaders.append(DataLoader(fixed.dataset, sampler=list(fixed.sampler), batch_size=None))
+        training = self._training_loader
+        if isinstance(training.dataset, (sampling.PairDataset, sampling.TripletDataset)):
+            fixed = training.dataset.like(self.val)
+            loaders.append(DataLoader(fixed, sampler=list(sampling.InOrder(fixed, training.sampler.batch_size)), batch_size=None))
         return loaders

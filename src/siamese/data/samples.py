@@ -12,7 +12,7 @@ class Batch(NamedTuple):
     """What reaches the model in one step.
 
     inputs: [B, ...], the samples, all twins' in one tensor, so that one pass of the encoder embeds them with shared weights.
-    labels: int64 [B], the class of each input.
+    labels: int64 [B], the class of each input; -1 where the samples have no labels.
     tuples: what the data set already knows about the batch, in pytorch-metric-learning's `indices_tuple` convention:
         pairs `(anchor, positive, anchor, negative)`, triplets `(anchor, positive, negative)`, each int64 positions in
         the batch; None where the labels are all there is and a miner, or the loss itself, forms the tuples.
@@ -28,7 +28,7 @@ class Samples(Dataset):
 
     Args:
         inputs: [N, C, H, W] uint8 images, or any [N, ...] tensor.
-        labels: [N] int64 in 0..len(class_names)-1.
+        labels: [N] int64 in 0..len(class_names)-1; None for samples without labels, which have -1 in every place.
         class_names: the name of each class.
         ids: [N] where each sample came from (file, or face and letter), for errors and reports.
 
@@ -38,10 +38,13 @@ class Samples(Dataset):
         ValueError: if lengths disagree or a label has no name.
     """
 
-    def __init__(self, inputs: Tensor, labels: Tensor, class_names: list[str], ids: list[str]):
+    def __init__(self, inputs: Tensor, labels: Tensor | None, class_names: list[str], ids: list[str]):
+        self.labelled = labels is not None
+        if labels is None:
+            labels = torch.full((len(inputs),), -1)
         if not len(inputs) == len(labels) == len(ids):
             raise ValueError(f"{len(inputs)} inputs, {len(labels)} labels and {len(ids)} ids: they must be as many")
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
+        if self.labelled and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
             raise ValueError(f"labels run from {labels.min()} to {labels.max()}, but {len(class_names)} classes have a name")
         self.inputs, self.labels, self.class_names, self.ids = inputs, labels.long(), class_names, ids
 
@@ -56,7 +59,7 @@ class Samples(Dataset):
 
     def __repr__(self) -> str:
         shape = " x ".join(map(str, self.inputs.shape[1:]))
-        return f"{len(self):,} samples of {len(self.class_names):,} classes, {shape}"
+        return f"{len(self):,} samples {f'of {len(self.class_names):,} classes' if self.labelled else 'without labels'}, {shape}"
 
     def fingerprint(self) -> str:
         """16 hex digits that change when an input, its order or its label does."""

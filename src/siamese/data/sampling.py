@@ -1,40 +1,68 @@
 """How pairs and triplets are formed, which decides more than the encoder does.
 
 `balanced` draws P classes x K samples and leaves the tuples to the miner and the loss; `pairs` and `triplets` draw the
-tuples themselves. Every draw follows from (seed, epoch) alone: nothing is stored, so a resumed run, or another rank,
-knows any epoch's batches.
+tuples themselves, or hand out those that a file lists. Every draw follows from (seed, epoch) alone: nothing is stored, so
+a resumed run, or another rank, knows any epoch's batches.
 """
 
+import csv
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from siamese.data import listed
 from siamese.data.samples import Batch, Samples
 
 log = logging.getLogger(__name__)
+_WITHOUT_LABELS = "Without labels, list the pairs or triplets in a file: sampling=pairs sampling.file=PAIRS.csv"
 
 
 def balanced(samples: Samples, seed: int, classes: int = 32, samples_per_class: int = 4) -> DataLoader:
     """Batches of `classes` x `samples_per_class` samples; see `BalancedBatchSampler`."""
+    if not samples.labelled:
+        raise ValueError(f"{samples}: sampling=balanced goes by labels. {_WITHOUT_LABELS}")
     sampler = BalancedBatchSampler(samples.labels, classes, samples_per_class, seed)
     return DataLoader(samples, sampler=sampler, batch_size=None)
 
 
-def pairs(samples: Samples, seed: int, batch_size: int = 64, positive_fraction: float = 0.5) -> DataLoader:
-    """Batches of `batch_size` pairs, so twice as many samples; see `PairDataset`."""
-    dataset = PairDataset(samples, positive_fraction, seed)
-    return DataLoader(dataset, sampler=_InOrder(dataset, batch_size), batch_size=None)
+def pairs(samples: Samples, seed: int, batch_size: int = 64, positive_fraction: float = 0.5, file: str | None = None) -> DataLoader:
+    """Batches of `batch_size` pairs, so twice as many samples; see `PairDataset`.
+
+    A `file` lists them instead, see `ListedPairs`: a CSV with the header `left,right,same`, as `listed.read` takes it.
+    """
+    if file is None:
+        dataset = PairDataset(samples, positive_fraction, seed)
+    else:
+        dataset = _read(ListedPairs, file, listed.PAIRS, samples, seed)
+        share = f"{100 * dataset.positive_fraction:.3g} % of them of the same"
+        log.info("sampling.file=%s lists %d pairs, %s: sampling.positive_fraction is not used", file, len(dataset), share)
+    return DataLoader(dataset, sampler=InOrder(dataset, batch_size), batch_size=None)
 
 
-def triplets(samples: Samples, seed: int, batch_size: int = 42) -> DataLoader:
-    """Batches of `batch_size` triplets, so three times as many samples; see `TripletDataset`."""
-    dataset = TripletDataset(samples, seed)
-    return DataLoader(dataset, sampler=_InOrder(dataset, batch_size), batch_size=None)
+def triplets(samples: Samples, seed: int, batch_size: int = 42, file: str | None = None) -> DataLoader:
+    """Batches of `batch_size` triplets, so three times as many samples; see `TripletDataset`.
+
+    A `file` lists them instead, see `ListedTriplets`: a CSV with the header `anchor,positive,negative`, as `listed.read` takes it.
+    """
+    if file is None:
+        dataset = TripletDataset(samples, seed)
+    else:
+        dataset = _read(ListedTriplets, file, listed.TRIPLETS, samples, seed)
+        log.info("sampling.file=%s lists %d triplets", file, len(dataset))
+    return DataLoader(dataset, sampler=InOrder(dataset, batch_size), batch_size=None)
+
+
+def _read(kind: type, file: str, header: list[str], samples: Samples, seed: int) -> "ListedPairs | ListedTriplets":
+    try:
+        columns, lines = listed.read(file, header, samples)
+        return kind(samples, *columns, seed, where=lambda row: f"line {lines[row]}")
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(f"sampling.file={file}: {getattr(error, 'strerror', None) or error}") from None
 
 
 class BalancedBatchSampler(Sampler):
@@ -143,6 +171,8 @@ class _Classes:
     """Draws partners of the same and of another class, uniformly and without trial and error."""
 
     def __init__(self, samples: Samples):
+        if not samples.labelled:
+            raise ValueError(f"{samples}: pairs and triplets are drawn by labels. {_WITHOUT_LABELS}")
         self.labels = samples.labels
         self.order = self.labels.argsort(stable=True)
         self.counts = self.labels.bincount(minlength=len(samples.class_names))
@@ -175,6 +205,11 @@ def _below(limit: Tensor, generator: torch.Generator) -> Tensor:
     return (torch.rand(len(limit), generator=generator, dtype=torch.float64) * limit).long()
 
 
+def _evenly(count: int, share: float) -> Tensor:
+    """bool [count]: this share is True, in every stretch to within one."""
+    return (torch.arange(count + 1, dtype=torch.float64) * share + 0.5).floor().diff() > 0
+
+
 def _generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0] >> 1))
 
@@ -202,12 +237,15 @@ class PairDataset(Dataset):
 
     def set_epoch(self, epoch: int) -> None:
         generator = _generator(self.seed, epoch)
-        count = torch.arange(len(self.samples) + 1, dtype=torch.float64)
-        self.same = (count * self.positive_fraction + 0.5).floor().diff() > 0
+        self.same = _evenly(len(self.samples), self.positive_fraction)
         self.left = torch.randperm(len(self.samples), generator=generator)
         self.left[self.same] = self._classes.anchors(int(self.same.sum()), generator)
         self.right = self._classes.different(self.left, generator)
         self.right[self.same] = self._classes.same(self.left[self.same], generator)
+
+    def like(self, samples: Samples) -> "PairDataset":
+        """Of other samples, by their labels and with this share of positives, and the same ones every time."""
+        return PairDataset(samples, self.positive_fraction)
 
     def __len__(self) -> int:
         return len(self.left)
@@ -243,6 +281,10 @@ class TripletDataset(Dataset):
         self.positive = self._classes.same(self.anchor, generator)
         self.negative = self._classes.different(self.anchor, generator)
 
+    def like(self, samples: Samples) -> "TripletDataset":
+        """Of other samples, by their labels, and the same ones every time."""
+        return TripletDataset(samples)
+
     def __len__(self) -> int:
         return len(self.anchor)
 
@@ -254,8 +296,123 @@ class TripletDataset(Dataset):
         return Batch(self.samples.inputs[rows], self.samples.labels[rows], tuple(torch.arange(len(rows)).view(3, -1)))
 
 
-class _InOrder(Sampler):
-    """Slices of a data set that shuffles itself; passes the epoch on to it."""
+class ListedPairs(PairDataset):
+    """Pairs that somebody has listed: each once an epoch, in an order that follows from (seed, epoch).
+
+    Every stretch of the epoch has the list's own share of positives, to within one pair. Batches are those of `PairDataset`.
+
+    Args:
+        samples: with labels or without. What is the same is said by the list alone.
+        left, right: int [M], positions in the samples.
+        same: [M] of 0 and 1.
+        seed: with the epoch it decides the order.
+        where: what an error calls a pair, given its number in the list.
+
+    Raises:
+        ValueError: columns of different lengths, an empty list, a position that is none, a pair of a sample with itself, a
+            `same` that is neither 0 nor 1, a pair that is listed as the same and as different, no pair of the one kind.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        left: Sequence[int] | Tensor,
+        right: Sequence[int] | Tensor,
+        same: Sequence[int] | Tensor,
+        seed: int = 0,
+        where: Callable[[int], str] = "pair {}".format,
+    ):
+        self.samples, self.seed, self._listed = samples, seed, _checked(samples, (left, right), where)
+        same = torch.as_tensor(same)
+        if len(same) != len(self._listed):
+            raise ValueError(f"{len(self._listed)} pairs, but {len(same)} entries of same: they must be as many")
+        if (wrong := ((same != 0) & (same != 1)).nonzero()).numel():
+            raise ValueError(f"{where(int(wrong[0]))}: same is {same[wrong[0]].item()}, it must be 0 or 1")
+        self._same = same.bool()
+        said: dict[tuple[int, ...], tuple[int, bool]] = {}
+        for row, (pair, alike) in enumerate(zip(self._listed.sort(1).values.tolist(), self._same.tolist(), strict=True)):
+            earlier, before = said.setdefault(tuple(pair), (row, alike))
+            if before != alike:
+                raise ValueError(f"{where(earlier)} and {where(row)} call one pair the same and different: keep one of them")
+        if self._same.all() or not self._same.any():
+            missing = "different (same=0)" if self._same.all() else "the same (same=1)"
+            raise ValueError(f"no pair is listed as {missing}: the loss learns from both kinds")
+        first, second = samples.labels[self._listed].unbind(1)
+        _warn_of(samples, (first == second) != self._same)
+        self.positive_fraction = self._same.double().mean().item()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        generator = _generator(self.seed, epoch)
+        self.same = _evenly(len(self._same), self.positive_fraction)
+        order = torch.empty(len(self._same), dtype=torch.long)
+        for kind in (True, False):
+            rows = (self._same == kind).nonzero().flatten()
+            order[self.same == kind] = rows[torch.randperm(len(rows), generator=generator)]
+        self.left, self.right = self._listed[order].unbind(1)
+
+
+class ListedTriplets(TripletDataset):
+    """Triplets that somebody has listed: each once an epoch, in an order that follows from (seed, epoch).
+
+    Batches are those of `TripletDataset`.
+
+    Args:
+        samples: with labels or without. What is nearer is said by the list alone.
+        anchor, positive, negative: int [M], positions in the samples.
+        seed: with the epoch it decides the order.
+        where: what an error calls a triplet, given its number in the list.
+
+    Raises:
+        ValueError: columns of different lengths, an empty list, a position that is none, a sample twice in a triplet.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        anchor: Sequence[int] | Tensor,
+        positive: Sequence[int] | Tensor,
+        negative: Sequence[int] | Tensor,
+        seed: int = 0,
+        where: Callable[[int], str] = "triplet {}".format,
+    ):
+        self.samples, self.seed, self._listed = samples, seed, _checked(samples, (anchor, positive, negative), where)
+        labels = samples.labels[self._listed]
+        _warn_of(samples, (labels[:, 0] != labels[:, 1]) | (labels[:, 0] == labels[:, 2]))
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        order = torch.randperm(len(self._listed), generator=_generator(self.seed, epoch))
+        self.anchor, self.positive, self.negative = self._listed[order].unbind(1)
+
+
+def _checked(samples: Samples, columns: tuple[Sequence[int] | Tensor, ...], where: Callable[[int], str]) -> Tensor:
+    """int64 [M, columns]: positions in the samples, none twice in a row."""
+    columns = [torch.as_tensor(column) for column in columns]
+    if len(lengths := {len(column) for column in columns}) > 1:
+        raise ValueError(f"columns of {' and '.join(map(str, sorted(lengths)))} entries: they must be as many")
+    if 0 in lengths:
+        raise ValueError("nothing is listed")
+    table = torch.stack(columns, 1).long()
+    if (outside := ((table < 0) | (table >= len(samples))).any(1).nonzero()).numel():
+        row, last = int(outside[0]), len(samples) - 1
+        raise ValueError(f"{where(row)}: rows of the training split are numbered 0 to {last}, here are {table[row].tolist()}")
+    if (twice := (table.sort(1).values.diff(dim=1) == 0).any(1).nonzero()).numel():
+        raise ValueError(f"{where(int(twice[0]))}: one sample stands in it twice, remove it")
+    return table
+
+
+def _warn_of(samples: Samples, contradicting: Tensor) -> None:
+    if samples.labelled and (count := int(contradicting.sum())):
+        log.warning("%d of %d listed tuples contradict the labels of their samples: the list is followed", count, len(contradicting))
+
+
+class InOrder(Sampler):
+    """Slices of `batch_size` of a data set that shuffles itself; passes the epoch on to it.
+
+    Raises:
+        ValueError: `batch_size` below 1.
+    """
 
     def __init__(self, dataset: PairDataset | TripletDataset, batch_size: int):
         if batch_size < 1:
