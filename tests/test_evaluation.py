@@ -15,10 +15,14 @@ from sklearn.metrics import average_precision_score, precision_recall_curve, roc
 from torch.nn.functional import normalize
 
 from siamese import evaluation
+from siamese.distances import LearnedDistance
 from siamese.evaluation import FIGURES, EvaluationResult, evaluate, higher_is_better, oneshot_accuracy, oneshot_error
 
 COSINE, SPHERE, PLAIN = CosineSimilarity(), LpDistance(), LpDistance(normalize_embeddings=False)
-DISTANCES = pytest.mark.parametrize("distance", [COSINE, SPHERE, PLAIN], ids=["cosine", "sphere", "plain"])
+LEARNED = LearnedDistance(6).requires_grad_(False)
+LEARNED.weight.data = torch.tensor([1.5, -0.7, 1.0, 0.4, 2.0, 0.9])
+EVERY, NAMES = [COSINE, SPHERE, PLAIN, LEARNED], ["cosine", "sphere", "plain", "learned"]
+DISTANCES = pytest.mark.parametrize("distance", EVERY, ids=NAMES)
 RETRIEVAL = ("recall_at_1", "recall_at_5", "recall_at_10", "map_at_r", "r_precision", "mrr")
 ROUNDING = 2.0**-20
 
@@ -38,6 +42,8 @@ def true_scores(embeddings: torch.Tensor, distance) -> np.ndarray:
         x = x / x.norm(dim=1, keepdim=True)
     if distance.is_inverted:
         return (x[:, None] * x).sum(2).numpy()
+    if distance is LEARNED:
+        return -((x[:, None] - x).abs() * distance.weight.abs()).mean(2).numpy()
     return -(x[:, None] - x).square().sum(2).sqrt().numpy()
 
 
@@ -63,7 +69,7 @@ def tied(draw):
     return torch.tensor(points).float(), torch.tensor(labels), distance, exact
 
 
-@pytest.fixture(scope="module", params=[COSINE, SPHERE, PLAIN], ids=["cosine", "sphere", "plain"])
+@pytest.fixture(scope="module", params=EVERY, ids=NAMES)
 def judged(request):
     """One evaluation of 170 points, and what it is compared with: (result, embeddings, labels, distance, scores)."""
     embeddings, labels = clusters(170, 12)
@@ -212,7 +218,7 @@ def test_duplicates_are_matches_and_a_sample_is_not_its_own():
 @DISTANCES
 def test_exact_duplicates_tie_whatever_their_direction(distance):
     # In single precision the distance of a vector to its copy is not 0 but up to 3e-4, which may break the ties.
-    embeddings = torch.randn(40, 16, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0)
+    embeddings = torch.randn(40, 6, generator=torch.Generator().manual_seed(0)).repeat_interleave(4, 0)
     labels = torch.arange(80).repeat_interleave(2)  # of four copies, two are of one class and two of another
     result = evaluate(embeddings, labels, distance, ways=())
     assert result.figures["recall_at_1"] == result.figures["map_at_r"] == 0
@@ -390,12 +396,13 @@ def test_oneshot_accuracy_is_its_expectation(distance, ways):
 @DISTANCES
 def test_a_perfect_space_answers_every_question(distance):
     labels = torch.arange(20).repeat(3)
+    distance = LearnedDistance(20) if distance is LEARNED else distance
     assert oneshot_accuracy(torch.eye(20)[labels], labels, distance, 20, episodes=500) == 1
 
 
 @DISTANCES
 def test_random_embeddings_guess(distance):
-    embeddings = torch.randn(2_000, 16, generator=torch.Generator().manual_seed(0))
+    embeddings = torch.randn(2_000, 6, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(100).repeat(20)
     for ways in (5, 20):
         rate = 1 / ways

@@ -22,7 +22,7 @@ from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from torch import Tensor
 from torch.nn import Module
 
-from siamese.distances import scores
+from siamese.distances import LearnedDistance, scores
 
 RECALL_AT = (1, 5, 10)
 FAR_EXPONENTS = (2, 3, 4, 5, 6)
@@ -142,8 +142,8 @@ def evaluate(
         raise ValueError(
             f"{len(labels)} samples of {int((counts > 0).sum())} classes: judging needs two classes, one of them with two samples"
         )
-    # torch.cdist takes the square root of a rounded difference: 3e-4 instead of 0 in single precision.
-    embeddings = embeddings.float() if distance.is_inverted else embeddings.double()
+    # torch.cdist takes the square root of a rounded difference: 3e-4 instead of 0 in single precision. L1 has no root.
+    embeddings = embeddings.float() if distance.is_inverted or distance.p == 1 else embeddings.double()
 
     figures, notes = {}, []
     pairs, low, step, neighbours, neighbour_scores = _walk(embeddings, labels, counts, distance, figures)
@@ -218,6 +218,9 @@ def _score_range(embeddings: Tensor, distance: Module) -> tuple[float, float, fl
     if type(distance) in (CosineSimilarity, LpDistance) and distance.normalize_embeddings and distance.p == 2 and distance.power == 1:
         low, high = (-1.0, 1.0) if distance.is_inverted else (-2.0, 0.0)
         return low, high, 2.0**-20
+    if isinstance(distance, LearnedDistance):
+        low = -distance.bound(embeddings)
+        return low, 0.0, _step(-low)
     blocks = (scores(distance, rows, embeddings) for rows in embeddings.split(_BLOCK))
     ends = [(block.min().item(), block.max().item()) for block in blocks]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
@@ -319,8 +322,12 @@ def oneshot_accuracy(embeddings: Tensor, labels: Tensor, distance: Module, ways:
         chances[classes == label[:, None]] = -1
         strangers = classes[chances.topk(ways - 1).indices]
         support = torch.cat([order[other][:, None], order[first[strangers] + draw(counts[strangers])]], 1)
-        # All scores of a query cost less than copying out twenty supports for it.
-        score = (scores(distance, embeddings[query.to(embeddings.device)], embeddings) / step).round().cpu().gather(1, support)
+        asked, support = embeddings[query.to(embeddings.device)], support.to(embeddings.device)
+        if isinstance(distance, LearnedDistance):
+            score = torch.cat([scores(distance, one[None], embeddings[rows]) for one, rows in zip(asked, support, strict=True)])
+        else:  # all scores of a query, by a matrix product, cost less than copying out twenty supports for it
+            score = scores(distance, asked, embeddings).gather(1, support)
+        score = (score / step).round()
         right += int((score[:, :1] > score[:, 1:]).all(1).sum())
     return right / episodes
 
