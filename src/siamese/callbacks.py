@@ -1,11 +1,15 @@
-"""What watches a run while it trains."""
+"""What watches a run while it trains, and what steps in."""
 
 import logging
 import shutil
 from pathlib import Path
 
 import lightning.pytorch as L
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from torch import Tensor, nn
+
+from siamese.encoders import part_of
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +67,110 @@ class ValidateLastEpoch(Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.max_epochs is not None and trainer.current_epoch == trainer.max_epochs - 1:
             trainer.check_val_every_n_epoch = 1
+
+
+class Freeze(Callback):
+    """Keeps parts of the encoder as they are, up to an epoch or for good: for fine-tuning.
+
+    Their weights take no gradient, so the optimizer, which has them from the start, skips them, weight decay and all. Everything
+    follows from the number of the epoch, so a resumed run goes on as it would have. On several devices this needs
+    `+trainer.strategy=ddp_find_unused_parameters_true`, else torch refuses the first step.
+
+    Args:
+        encoder: comes from the run.
+        parts: its submodules to freeze, by their dotted names.
+        until_epoch: trained from this epoch on, the first being 0; None never trains them.
+        batch_norm: batch-norm layers in these parts keep their running statistics for good, not only while frozen: small
+            batches of other data would spoil them.
+
+    Raises:
+        ValueError: the encoder has no such part.
+    """
+
+    def __init__(self, encoder: nn.Module, parts: list[str] | str, until_epoch: int | None = None, batch_norm: bool = True):
+        frozen = [part_of(encoder, name) for name in ([parts] if isinstance(parts, str) else parts)]
+        self.parameters = [parameter for part in frozen for parameter in part.parameters()]
+        self.norms = [layer for part in frozen for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
+        self.until_epoch, self.batch_norm = until_epoch, batch_norm
+
+    def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        frozen = self.until_epoch is None or trainer.current_epoch < self.until_epoch
+        for parameter in self.parameters:
+            parameter.requires_grad_(not frozen)
+        for layer in self.norms:  # after a validation Lightning gives each layer back the mode that it had
+            layer.train(not (frozen or self.batch_norm))
+
+
+class EMA(Callback):
+    """Exponential moving average of the weights: it is validated, and it is what checkpoints, `Bundle.load` and the figures have.
+
+    After each optimizer step average = d average + (1 - d) weights, with d = min(decay, (1 + step) / (10 + step)), so that a short run
+    is not held back by its random start. Batch-norm statistics are averaged in the same way, counters copied. Training goes on with
+    the weights themselves, which a checkpoint keeps as `training_state_dict`.
+
+    Lightning's own EMAWeightAveraging puts the training weights back before `SiameseModule` computes its figures, so that a learned
+    distance would be judged as it is and not as its average; and keeps its average on the CPU when the run is on a GPU.
+
+    Raises:
+        ValueError: `decay` is not within 0..1; or a run is resumed that had no average.
+    """
+
+    def __init__(self, decay: float = 0.999):
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay} is the share that is kept at each step: at least 0 and less than 1")
+        self.decay, self.step, self.average = decay, 0, None
+
+    def _live(self, module: L.LightningModule) -> list[Tensor]:
+        """Each weight once, of the loss too, and the encoder's statistics; a loss's own buffers are memories, not to be averaged."""
+        return [tensor.detach() for tensor in (*module.parameters(), *module.model.buffers())]
+
+    def _swap(self, module: L.LightningModule) -> None:
+        for live, average in zip(self._live(module), self.average or [], strict=self.average is not None):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        live = self._live(module)
+        self.average = [average.to(tensor.device) for average, tensor in zip(self.average or map(torch.clone, live), live, strict=True)]
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        if trainer.global_step == self.step:  # gradients are being accumulated
+            return
+        self.step = trainer.global_step
+        decay = min(self.decay, (1 + self.step) / (10 + self.step))
+        for average, live in zip(self.average, self._live(module), strict=True):
+            if average.is_floating_point():
+                average.lerp_(live, 1 - decay)
+            else:
+                average.copy_(live)
+
+    def on_validation_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._swap(module)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._swap(module)  # before a ModelCheckpoint saves: Lightning puts these last
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for live, average in zip(self._live(module), self.average, strict=True):
+            live.copy_(average)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        checkpoint["training_state_dict"] = _copy(checkpoint["state_dict"])
+        self._swap(module)
+        checkpoint["state_dict"] = _copy(module.state_dict())
+        self._swap(module)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict) -> None:
+        if "training_state_dict" not in checkpoint:
+            raise ValueError("this run had no average of its weights: resume it without callbacks=ema")
+        self.average = [tensor.clone() for tensor in self._live(module)]  # what Lightning has just loaded
+        module.load_state_dict(checkpoint["training_state_dict"])
+
+
+def _copy(state: dict) -> dict:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 class ProgressBar(RichProgressBar):

@@ -40,6 +40,45 @@ class Conv4(nn.Module):
         return self.layers(inputs.to(memory_format=torch.channels_last))
 
 
+class Koch(nn.Module):
+    """Four large convolutions, each with ReLU and all but the last with 2x2 max-pooling, and a fully connected layer with sigmoid.
+
+    Koch, Zemel and Salakhutdinov, "Siamese neural networks for one-shot image recognition", ICML deep learning workshop 2015,
+    whose inputs are 105 x 105. Float [B, C, H, W] -> [B, embedding_size] in 0..1; H and W of at least 65.
+
+    Args:
+        input_shape: (C, H, W).
+        embedding_size: of the fully connected layer.
+        batch_norm: batch-norm after each convolution, which the paper does not have.
+
+    Raises:
+        ValueError: the input is too small for the convolutions.
+    """
+
+    def __init__(self, input_shape: tuple[int, int, int], embedding_size: int = 4096, batch_norm: bool = False):
+        super().__init__()
+        before, *sides = input_shape
+        self.embedding_size = embedding_size
+        blocks = []
+        for after, kernel in ((64, 10), (128, 7), (128, 4), (256, 4)):
+            if blocks:
+                blocks.append(nn.MaxPool2d(2))
+                sides = [side // 2 for side in sides]
+            sides = [side - kernel + 1 for side in sides]
+            norm = nn.BatchNorm2d(after) if batch_norm else nn.Identity()
+            blocks += [nn.Conv2d(before, after, kernel, bias=not batch_norm), norm, nn.ReLU()]
+            before = after
+        if min(sides) < 1:
+            height, width = input_shape[1:]
+            raise ValueError(f"its convolutions need inputs of at least 65 x 65, these are {height} x {width}: say dataset.size=105")
+        self.layers = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(before * math.prod(sides), embedding_size))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        # In bfloat16 a sigmoid near 1 has steps of 0.004, as large as the differences that tell two inputs apart.
+        return self.layers(inputs.to(memory_format=torch.channels_last)).float().sigmoid()
+
+
 class MLP(nn.Module):
     """Fully connected layers with batch-norm and ReLU, for tables or small images. Float [B, ...] -> [B, embedding_size].
 
@@ -52,18 +91,22 @@ class MLP(nn.Module):
     def __init__(self, input_shape: tuple[int, ...], hidden: tuple[int, ...] = (512, 256), embedding_size: int = 64):
         super().__init__()
         self.embedding_size = embedding_size
-        layers, before = [nn.Flatten()], math.prod(input_shape)
-        for after in hidden:
-            layers += [nn.Linear(before, after, bias=False), nn.BatchNorm1d(after), nn.ReLU()]
-            before = after
-        self.layers = nn.Sequential(*layers, nn.Linear(before, embedding_size))
+        self.layers = nn.Sequential(nn.Flatten(), *_fully_connected(math.prod(input_shape), hidden, embedding_size))
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.layers(inputs)
 
 
+def _fully_connected(before: int, hidden: tuple[int, ...], after: int) -> list[nn.Module]:
+    layers = []
+    for width in hidden:
+        layers += [nn.Linear(before, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()]
+        before = width
+    return [*layers, nn.Linear(before, after)]
+
+
 class Timm(nn.Module):
-    """Any image model of timm by name (`timm.list_models()`), its classifier replaced by a linear embedding head.
+    """Any image model of timm by name (`timm.list_models()`), its classifier replaced by an embedding head.
 
     Float [B, C, H, W] -> [B, embedding_size].
 
@@ -72,10 +115,13 @@ class Timm(nn.Module):
         model: a name that `timm.list_models()` has.
         pretrained: start from timm's published weights (a download).
         in_chans: input channels; None takes those of the data.
-        embedding_size: of the head; None leaves timm's pooled features as they are.
+        pool: of the last feature map, "avg", "max" or "gem" (`GeM`); None leaves it to timm, which knows each model's own way.
+        hidden: widths of the head's hidden layers, with batch-norm and ReLU; none makes it linear.
+        embedding_size: of the head; None leaves the pooled features as they are.
+        normalize: embeddings of length 1.
 
     Raises:
-        ValueError: timm has no such model.
+        ValueError: timm has no such model, the model has no feature map to pool, or the arguments do not fit together.
     """
 
     def __init__(
@@ -84,7 +130,10 @@ class Timm(nn.Module):
         model: str = "resnet18",
         pretrained: bool = False,
         in_chans: int | None = None,
+        pool: str | None = None,
+        hidden: tuple[int, ...] = (),
         embedding_size: int | None = 128,
+        normalize: bool = False,
     ):
         super().__init__()
         import timm
@@ -95,17 +144,53 @@ class Timm(nn.Module):
         chans = input_shape[0] if in_chans is None else in_chans
         if chans != input_shape[0]:
             raise ValueError(f"in_chans={chans}, but the data has {input_shape[0]} channels")
-        self.backbone = timm.create_model(model, pretrained=pretrained, in_chans=chans, num_classes=0)
+        if pool not in _POOLS:
+            raise ValueError(f"pool={pool} is not known: take one of null, {', '.join(name for name in _POOLS if name)}")
+        if hidden and not embedding_size:
+            raise ValueError(f"hidden={list(hidden)} makes a head, which needs an embedding_size")
+        # With an empty `global_pool` timm's models end in their feature map: through all of their weights, unlike `forward_features`.
+        unpooled = {} if pool is None else {"global_pool": ""}
+        self.backbone = timm.create_model(model, pretrained=pretrained, in_chans=chans, num_classes=0, **unpooled)
+        self.channels_last = pool is not None and getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
         # timm's own `num_features` is wrong for models whose head has a hidden layer: ask the model.
         with torch.no_grad():
-            features = self.backbone.eval()(torch.zeros(2, *input_shape)).shape[1]
+            features = self.backbone.eval()(torch.zeros(2, *input_shape))
+        if pool is not None and features.dim() != 4:
+            raise ValueError(f"pool={pool} needs a feature map, {model} ends in {list(features.shape[1:])} for each image: say pool=null")
         self.backbone.train()
-        self.embedding_size = embedding_size or features
-        self.head = nn.Linear(features, embedding_size) if embedding_size else nn.Identity()
+        width = features.shape[-1 if self.channels_last else 1]
+        self.pool = _POOLS[pool]()
+        self.embedding_size, self.normalize = embedding_size or width, normalize
+        layers = _fully_connected(width, hidden, embedding_size) if embedding_size else [nn.Identity()]
+        self.head = nn.Sequential(*layers) if hidden else layers[0]
         self.to(memory_format=torch.channels_last)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return self.head(self.backbone(inputs.to(memory_format=torch.channels_last)))
+        features = self.backbone(inputs.to(memory_format=torch.channels_last))
+        embeddings = self.head(self.pool(features.permute(0, 3, 1, 2) if self.channels_last else features))
+        return nn.functional.normalize(embeddings.float()) if self.normalize else embeddings
+
+
+class GeM(nn.Module):
+    """Generalised mean of each channel, (mean of x^p)^(1/p): p = 1 is the average, a large p the maximum; p is trained.
+
+    Radenovic, Tolias and Chum 2018, arXiv:1711.02512. Float [B, C, H, W] -> float32 [B, C]; what is below `eps` counts as `eps`.
+    """
+
+    def __init__(self, p: float = 3.0, eps: float = 1e-6):
+        super().__init__()
+        self.p, self.eps = nn.Parameter(torch.tensor(p)), eps
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return maps.float().clamp(min=self.eps).pow(self.p).mean((2, 3)).pow(1 / self.p)
+
+
+_POOLS = {
+    None: nn.Identity,
+    "avg": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+    "max": lambda: nn.Sequential(nn.AdaptiveMaxPool2d(1), nn.Flatten()),
+    "gem": GeM,
+}
 
 
 class Flatten(nn.Module):
@@ -117,3 +202,16 @@ class Flatten(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         return inputs.flatten(1)
+
+
+def part_of(encoder: nn.Module, name: str) -> nn.Module:
+    """A submodule by its dotted name ("backbone", "backbone.layer1"), to be frozen or trained at a rate of its own.
+
+    Raises:
+        ValueError: there is none of this name, or it has no weights.
+    """
+    parts = dict(encoder.named_modules())
+    if name not in parts or not list(parts[name].parameters()):
+        there = ", ".join(part for part, module in encoder.named_children() if list(module.parameters()))
+        raise ValueError(f"the encoder has no part {name!r} with weights: it has {there}, and what these consist of")
+    return parts[name]
