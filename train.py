@@ -15,7 +15,7 @@ A run's directory, logs/train/runs/<stamp>/, holds metrics.json, results.npz, ch
 
 import sys
 
-from siamese.config import ROOT, InputError, as_input_error, build, bundle_arguments, construct, launch, partial
+from siamese.config import ROOT, InputError, as_input_error, build, bundle_arguments, construct, launch, partial, rates
 
 
 def train(config: dict) -> dict[str, float]:
@@ -26,9 +26,7 @@ def train(config: dict) -> dict[str, float]:
     from pathlib import Path
 
     import lightning.pytorch as L
-    import torch
     from rich.console import Console
-    from torch import nn
 
     from siamese import judging, record
     from siamese.bundle import Bundle, load_checkpoint
@@ -55,12 +53,13 @@ def train(config: dict) -> dict[str, float]:
     parts, trust = made_of["parts"], made_of["trust"]
     with as_input_error("encoder"):
         model = Bundle(**made_of)
-    # A loss that is defined for cosine alone keeps its own distance; the check has seen that the run's ranks alike.
-    offered = {"distance": model.distance} if config["distance"]["name"] in config["loss"]["goes_with"]["distance"] else {}
-    loss = build(config, "loss", num_classes=classes, embedding_size=model.encoder.embedding_size, **offered)
     miner = build(config, "miner", distance=model.distance)
     if miner is not None and choices["sampling"] != "balanced":
         log.info("sampling=%s brings its own tuples: miner=%s is not used", choices["sampling"], choices["miner"])
+        miner = None
+    sizes = {"num_classes": classes, "embedding_size": model.encoder.embedding_size}
+    loss = build(config, "loss", distance=model.distance, miner=miner, **sizes)
+    if getattr(loss, "miner", None) is not None:  # a cross-batch memory lets it choose among the memory's tuples
         miner = None
     if config["ckpt"]:
         with as_input_error("ckpt"):
@@ -73,12 +72,19 @@ def train(config: dict) -> dict[str, float]:
                         f"{config['ckpt']} was trained with {group}={saved['config']['choices'][group]}, this command says "
                         f"{group}={choices[group]}: resume with the same, or take its weights only (init_from=)"
                     )
+            if saved["config"]["optimizer"].get("lr_factors") != config["optimizer"].get("lr_factors"):
+                raise ValueError(f"{config['ckpt']} was trained with other optimizer.lr_factors than this command says")
+            if ("ema" in saved["config"]["callbacks"]) != ("ema" in config["callbacks"]):
+                state = "without" if "ema" in config["callbacks"] else "with"
+                raise ValueError(f"{config['ckpt']} was trained {state} callbacks=ema: resume it {state}, or take its weights (init_from=)")
     if config["init_from"]:
         with as_input_error("init_from"):
             other = Bundle.load(config["init_from"], trust=trust)
             if other.parts["encoder"] != parts["encoder"]:
                 raise ValueError(f"{config['init_from']} holds another encoder than this command asks for: {other.parts['encoder']}")
             model.encoder.load_state_dict(other.encoder.state_dict())
+            if other.parts["distance"] == parts["distance"]:
+                model.distance.load_state_dict(other.distance.state_dict())
     module = SiameseModule(
         model,
         loss,
@@ -86,19 +92,23 @@ def train(config: dict) -> dict[str, float]:
         augmentation=build(config, "augmentation"),
         optimizer=partial(config, "optimizer"),
         scheduler=partial(config, "scheduler"),
-        loss_lr=config["loss"].get("lr"),
+        rates=rates(config),
+        lr_factors=config["optimizer"].get("lr_factors"),
         seed=config["seed"],
         config=config,
     )
     with as_input_error("optimizer"):
-        module.make_optimizer([nn.Parameter(torch.zeros(1))])
+        optimizer = module.grouped_optimizer()
+    if module.make_scheduler is not None:
+        with as_input_error("scheduler"):
+            module.scheduled(optimizer, steps=100)  # of a length that does not matter, to see that its values are fine
     splits = ("train", "val", "test") if config["test"] else ("train", "val")
     provenance = record.provenance(ROOT, {split: getattr(data, split).fingerprint() for split in splits})
     record.write_json(out / "provenance.json", provenance)
 
     seconds, crashed = {"fit": 0.0, "evaluate": 0.0}, True
     try:
-        trainer, wandb_logger = make_trainer(config, provenance)
+        trainer, wandb_logger = make_trainer(config, provenance, model.encoder)
         started = time.perf_counter()
         untrained = {
             **judging.last_as("raw", judging.judge(judging.raw(model, input_shape), data, config["test"])),
@@ -133,7 +143,7 @@ def train(config: dict) -> dict[str, float]:
     return metrics
 
 
-def make_trainer(config: dict, provenance: dict):
+def make_trainer(config: dict, provenance: dict, encoder):
     """The Lightning trainer with its callbacks and loggers, and the W&B logger by itself, None when there is none."""
     import logging
     import warnings
@@ -165,7 +175,7 @@ def make_trainer(config: dict, provenance: dict):
         ProgressBar(),
     ]
     for name, node in config["callbacks"].items():
-        callbacks.append(construct(node, f"callbacks.{name}", monitor=metric, mode=mode))
+        callbacks.append(construct(node, f"callbacks.{name}", monitor=metric, mode=mode, encoder=encoder))
     earlier = record.curves(Path(out) / "metrics.csv", load_checkpoint(config["ckpt"])["global_step"]) if config["ckpt"] else []
     csv = CSVLogger(out, name="", version="")
     csv.experiment.metrics += earlier

@@ -39,17 +39,20 @@ def options() -> str:
 
 
 def combinations() -> str:
-    rows = ["| `loss=` | `sampling=` | `distance=` and its margins |", "| --- | --- | --- |"]
-    for loss in available("loss"):
-        accepts = OmegaConf.to_container(OmegaConf.load(CONF / "loss" / f"{loss}.yaml"), resolve=False)["goes_with"]
-        distances = [
-            f"{name} ({', '.join(f'{key} {value}' for key, value in margins.items())})" if margins else name
-            for name, margins in accepts["distance"].items()
-        ]
-        if list(accepts["distance"]) == ["cosine"]:
-            distances.append("normalised euclidean, which ranks alike")
-        rows.append(f"| {loss} | {', '.join(accepts['sampling'])} | {'; '.join(distances)} |")
-    return "\n".join(rows)
+    """The table of what goes with what, losses and miners of one row together; margins stand in the YAMLs."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for group in ("loss", "miner"):
+        for choice in available(group):
+            accepts = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{choice}.yaml"), resolve=False).get("goes_with", {})
+            samplings = accepts.get("sampling", ["balanced"] if group == "miner" else ["as the losses within"])
+            distances = list(accepts.get("distance", ["any" if group == "miner" else "as the losses within"]))
+            if {"cosine", "euclidean"} < set(distances):
+                distances = ["any"]
+            rest = f"`{group}=` {{}}" + ("; no miner" if accepts.get("miner") == ["none"] else "")
+            rows.setdefault((group, ", ".join(samplings), ", ".join(distances), rest), []).append(choice)
+    table = ["| | `sampling=` | `distance=` |", "| --- | --- | --- |"]
+    table += [f"| {rest.format(', '.join(names))} | {samplings} | {distances} |" for (_, samplings, distances, rest), names in rows.items()]
+    return "\n".join(table)
 
 
 def figures() -> str:

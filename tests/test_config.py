@@ -10,7 +10,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from siamese.config import CONF, NO_ARGUMENTS, InputError, accepted, available, build, compose, construct, partial
+from siamese.config import CONF, NO_ARGUMENTS, accepted, available, build, compose, construct, partial
 from siamese.data.samples import Samples
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -92,9 +92,9 @@ def test_every_option_composes_and_fits_what_it_names(group, option):
     config = composed(group, option)
     assert config["choices"][group] == option
     node = config.get(group, {})
-    for name, part in targets(node, group):
+    for _, part in targets(node, group):
         takes = accepted(hydra.utils.get_object(part["_target_"]))
-        assert takes is None or part.keys() - {"_target_"} - set(NO_ARGUMENTS.get(name, ())) <= takes
+        assert takes is None or part.keys() - {"_target_"} - set(NO_ARGUMENTS.get(group, ())) <= takes
     if "_target_" not in node and option != "none":
         assert OmegaConf.load(CONF / group / f"{option}.yaml"), f"{group}={option} says nothing: it should be called none"
 
@@ -125,6 +125,9 @@ SAMPLES = Samples(torch.zeros(60, 1, 16, 16, dtype=torch.uint8), torch.arange(60
 OFFERED = {"loss": {"num_classes": 4, "embedding_size": 8}, "encoder": {"input_shape": [1, 16, 16]}}
 
 
+ENCODER = torch.nn.ModuleDict({"backbone": torch.nn.BatchNorm1d(2), "head": torch.nn.Linear(2, 3)})
+
+
 def steps_up(scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int) -> int:
     """After how many of its steps the learning rate is highest."""
     rates = []
@@ -143,13 +146,17 @@ def made(config: dict, group: str):
         case "optimizer":
             return partial(config, group)([torch.nn.Parameter(torch.zeros(2))])
         case "scheduler":
-            length = {"OneCycleLR": {"total_steps": 100, "max_lr": 1.0}, "CosineAnnealingLR": {"T_max": 100}}
+            length = {
+                "OneCycleLR": {"total_steps": 100, "max_lr": 1.0},
+                "CosineAnnealingLR": {"T_max": 100},
+                "warmup_cosine": {"total_steps": 100},
+            }
             return partial(config, group)(optimizer, **length[config[group]["_target_"].rpartition(".")[2]])
         case "sampling":
             return partial(config, group)(samples=SAMPLES, seed=0)
         case "callbacks":
             (name, node), *_ = config[group].items()
-            return construct(node, name, monitor="val/map_at_r", mode="max")
+            return construct(node, name, monitor="val/map_at_r", mode="max", encoder=ENCODER)
         case "trainer":
             node = {**config[group], "precision": "32-true"} if config[group]["precision"] == "auto" else config[group]
             return construct(node, group, logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -187,10 +194,9 @@ KNOBS = {
         "loss.scale=38": lambda loss: (loss.scale, 38),
     },
     "miner=all": {"miner.margin=0.41": lambda miner: (miner.margin, 0.41)},
-    "miner=hard": {"miner.margin=0.42": lambda miner: (miner.margin, 0.42)},
     "miner=semihard": {
         "miner.margin=0.43": lambda miner: (miner.margin, 0.43),
-        "miner.type_of_triplets=easy": lambda miner: (miner.type_of_triplets, "easy"),
+        "miner.hardness=hard": lambda miner: (miner.hardness, "hard"),
     },
     "optimizer=adamw": {
         "optimizer.lr=0.51": lambda optimizer: (learning_rate(optimizer), 0.51),
@@ -203,10 +209,15 @@ KNOBS = {
         "optimizer.nesterov=false": lambda optimizer: (optimizer.param_groups[0]["nesterov"], False),
     },
     "scheduler=onecycle": {"scheduler.pct_start=0.7": lambda scheduler: (round(steps_up(scheduler, 100), -1), 70)},
+    "scheduler=warmup": {"scheduler.warmup=0.6": lambda scheduler: (steps_up(scheduler, 100), 60)},
     "scheduler=cosine": {"scheduler.eta_min=0.37": lambda scheduler: (scheduler.eta_min, 0.37)},
     "encoder=conv4": {
         "encoder.widths=[5,7]": lambda encoder: ([m.out_channels for m in encoder.modules() if hasattr(m, "out_channels")], [5, 7]),
         "encoder.embedding_size=37": lambda encoder: (encoder(torch.zeros(2, 1, 16, 16)).shape[1], 37),
+    },
+    "encoder=koch +encoder.input_shape=[1,65,65]": {
+        "encoder.embedding_size=36": lambda encoder: (encoder.layers[-1].out_features, 36),
+        "encoder.batch_norm=true": lambda encoder: (any(isinstance(m, torch.nn.BatchNorm2d) for m in encoder.modules()), True),
     },
     "encoder=mlp": {
         "encoder.hidden=[5,7,9]": lambda encoder: ([m.in_features for m in encoder.modules() if hasattr(m, "in_features")][1:], [5, 7, 9]),
@@ -215,6 +226,14 @@ KNOBS = {
     "encoder=timm": {
         "encoder.model=resnet10t": lambda encoder: (encoder.backbone.default_cfg["architecture"], "resnet10t"),
         "encoder.embedding_size=39": lambda encoder: (encoder.head.out_features, 39),
+    },
+    "encoder=timm encoder.model=test_resnet": {
+        "encoder.pool=gem": lambda encoder: (type(encoder.pool).__name__, "GeM"),
+        "encoder.hidden=[43,44]": lambda encoder: (
+            [m.in_features for m in encoder.head.modules() if hasattr(m, "in_features")][1:],
+            [43, 44],
+        ),
+        "encoder.normalize=true": lambda encoder: (encoder.normalize, True),
     },
     "encoder=timm encoder.model=resnet10t": {"encoder.embedding_size=null": lambda encoder: (encoder.embedding_size, 512)},
     "distance=euclidean loss=triplet": {
@@ -235,6 +254,16 @@ KNOBS = {
         "augmentation.shear=0.62": lambda augmentation: (augmentation.shear, 0.62),
         "augmentation.shift=0.63": lambda augmentation: (augmentation.shift, 0.63),
     },
+    "augmentation=strong": {"augmentation.rotation=45": lambda augmentation: (augmentation.rotation, torch.pi / 4)},
+    "augmentation=handwriting": {
+        "augmentation.elastic=0.64": lambda augmentation: (augmentation.elastic, 0.64),
+        "augmentation.shear=0.65": lambda augmentation: (augmentation.shear, 0.65),
+    },
+    "augmentation=photo": {
+        "augmentation.crop=0.66": lambda augmentation: (augmentation.crop, 0.66),
+        "augmentation.flip=0.67": lambda augmentation: (augmentation.flip, 0.67),
+        "augmentation.erasing=0.68": lambda augmentation: (augmentation.erasing, 0.68),
+    },
     "dataset=omniglot": {
         "dataset.path=src": lambda dataset: (dataset.path, Path("src")),
         "dataset.background=small2": lambda dataset: (dataset.background, "small2"),
@@ -243,6 +272,12 @@ KNOBS = {
         "dataset.rotated_classes=true": lambda dataset: (dataset.rotated_classes, True),
     },
     "callbacks=early_stopping": {"callbacks.early_stopping.patience=37": lambda callback: (callback.patience, 37)},
+    "callbacks=ema": {"callbacks.ema.decay=0.46": lambda callback: (callback.decay, 0.46)},
+    "callbacks=freeze": {
+        "callbacks.freeze.parts=[head]": lambda callback: ([p.shape for p in callback.parameters], [(3, 2), (3,)]),
+        "callbacks.freeze.until_epoch=47": lambda callback: (callback.until_epoch, 47),
+        "callbacks.freeze.batch_norm=false": lambda callback: (callback.batch_norm, False),
+    },
     "trainer=cpu": {
         "trainer.max_epochs=71": lambda trainer: (trainer.max_epochs, 71),
         "trainer.devices=3": lambda trainer: (trainer.num_devices, 3),
@@ -267,66 +302,64 @@ def test_the_values_of_the_command_line_reach_what_is_built(choice):
         assert found == expected, override
 
 
+@pytest.mark.parametrize(
+    ("sampling", "lines"), [("pairs", "left,right,same\n0,1,1\n0,9,0\n"), ("triplets", "anchor,positive,negative\n0,1,9\n3,2,59\n")]
+)
+def test_a_list_of_tuples_reaches_the_loader(tmp_path, sampling, lines):
+    (tmp_path / "list.csv").write_text(lines)
+    config = compose([f"sampling={sampling}", "loss=contrastive", f"sampling.file={tmp_path}/list.csv"])
+    assert len(made(config, "sampling").dataset) == 2 != len(SAMPLES)
+
+
 def test_debug_anomaly_looks_for_the_operation_that_made_a_nan():
     trainer = made(compose(["debug=anomaly"]), "trainer")
     assert (trainer._detect_anomaly, trainer.precision) == (True, "32-true")
 
 
-# --- what goes together
+# --- losses and miners
 
-LOSSES, SAMPLINGS = ("arcface", "contrastive", "supcon", "triplet"), ("balanced", "pairs", "triplets")
+
+def numbers(module: torch.nn.Module) -> list[float]:
+    """Every number that a module and those within it hold."""
+    found = []
+    for part in module.modules():
+        values = [*part._parameters.values(), *(value for key, value in vars(part).items() if not key.startswith("_"))]
+        found += [part.weights[key] for key in sorted(part.weights)] if isinstance(getattr(part, "weights", None), dict) else []
+        for value in values:
+            if isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1):
+                found.append(float(value))
+            elif isinstance(value, torch.Tensor):
+                found.append(float(value.numel()))
+    return found
+
+
+@pytest.mark.parametrize(("group", "option"), [(group, option) for group, option in OPTIONS if group in ("loss", "miner")])
+def test_every_number_of_a_loss_or_miner_reaches_it(group, option):
+    def built(*overrides: str) -> list[float]:
+        torch.manual_seed(0)
+        config = compose([f"{group}={option}", *overrides])
+        made = build(config, group, num_classes=4, embedding_size=8, distance=build(config, "distance"))
+        starts = [float(start) for start in getattr(made, "starts", {}).values()]
+        return [] if made is None else numbers(made) + starts
+
+    def settable(node: dict, path: str):
+        for key, value in node.items():
+            if isinstance(value, dict) and key not in NO_ARGUMENTS[group]:
+                yield from settable(value, f"{path}.{key}")
+            elif type(value) in (int, float) and key not in NO_ARGUMENTS[group]:
+                yield f"{path}.{key}", value
+
+    default, tried = built(), 0
+    for key, value in settable(plain(f"{group}={option}")[group], group):
+        if key.endswith("start_epoch.early"):
+            continue  # it must be 0
+        other = value + 1 if isinstance(value, int) else value * 0.9 if value else 0.05
+        assert built(f"{key}={other}") != default, key
+        tried += 1
+    assert tried or option in ("none", "batch_hard", "batch_easy_hard", "hard")
+
+
 DISTANCES = ("cosine", "euclidean", "euclidean distance.normalize_embeddings=false")
-# Written from the losses' papers and from how pytorch-metric-learning forms their tuples, not from the YAML.
-NEEDS_MORE_THAN_PAIRS = {"supcon", "triplet", "arcface"}
-NEEDS_LABELS = {"arcface"}
-ON_THE_SPHERE_ONLY = {"supcon", "arcface"}
-
-
-def refused(loss: str, sampling: str, distance: str) -> set[str]:
-    wrong = set()
-    if (sampling == "pairs" and loss in NEEDS_MORE_THAN_PAIRS) or (sampling == "triplets" and loss in NEEDS_LABELS):
-        wrong.add("sampling")
-    if distance == DISTANCES[2] and loss in ON_THE_SPHERE_ONLY:
-        wrong.add("distance")
-    return wrong
-
-
-def advice(message: str) -> list[tuple[str, str]]:
-    """The choices that a refusal proposes: all that stand after "use"."""
-    return re.findall(r"(\w+)=(\w+)", re.split(r"\b[Uu]se\b", message, maxsplit=1)[1])
-
-
-def test_the_table_has_every_loss_and_sampling_that_is_shipped():
-    assert set(LOSSES) == set(available("loss"))
-    assert set(SAMPLINGS) == set(available("sampling"))
-    assert {distance.partition(" ")[0] for distance in DISTANCES} == set(available("distance"))
-
-
-@pytest.mark.parametrize(("loss", "sampling", "distance"), list(itertools.product(LOSSES, SAMPLINGS, DISTANCES)))
-def test_what_goes_together_composes_and_the_rest_is_refused_with_a_way_out(loss, sampling, distance):
-    def command(**changed: str) -> list[str]:
-        said = {"loss": loss, "sampling": sampling, "distance": distance, **changed}
-        return [part for group, choice in said.items() for part in f"{group}={choice}".split()]
-
-    wrong = refused(loss, sampling, distance)
-    if not wrong:
-        assert plain(" ".join(command()))["choices"]["loss"] == loss
-        return
-    with pytest.raises(InputError) as error:
-        compose(command())
-    message = str(error.value)
-    assert message.count("\n") <= 1
-    assert f"loss={loss}" in message
-    named = [group for group in sorted(wrong) if f"{group}=" in message.partition(" use ")[0].partition(" Use ")[0]]
-    assert named, f"names none of {wrong}: {message}"
-    assert advice(message), f"proposes nothing: {message}"
-    for group, choice in advice(message):
-        if len(wrong) == 1:
-            assert plain(" ".join(command(**{group: choice})))
-        else:  # then the other fault is named next
-            with pytest.raises(InputError, match=f"{(wrong - set(named)).pop()}="):
-                compose(command(**{group: choice}))
-            break
 
 
 @pytest.mark.parametrize("loss", ["contrastive", "triplet"])
@@ -384,7 +417,12 @@ def test_arcface_on_normalised_euclidean_keeps_its_own_cosine(assembled):
 def test_arcface_knows_the_classes_and_the_width_of_the_embedding(assembled):
     parts = assembled("loss=arcface", "encoder.embedding_size=24")
     assert tuple(parts["loss"].W.shape) == (24, 32)
-    assert parts["loss_lr"] == 0.03
+    assert parts["rates"] == {"loss": 0.03}
+
+
+def test_the_rates_of_the_encoders_parts_come_from_the_optimizers_yaml(assembled):
+    assert assembled("optimizer.lr_factors={layers.0:0.1,layers.4:2}")["lr_factors"] == {"layers.0": 0.1, "layers.4": 2}
+    assert assembled("optimizer=sgd", "optimizer.lr=0.1")["lr_factors"] is None
 
 
 # --- fast, and without torch

@@ -1,9 +1,7 @@
 """Training: every combination that the configuration allows learns, and what watches over it speaks up when it should."""
 
 import functools
-import itertools
 import logging
-import math
 
 import lightning.pytorch as L
 import pytest
@@ -12,37 +10,20 @@ from lightning.pytorch.callbacks import Callback
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.losses import ArcFaceLoss, ContrastiveLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import TripletMarginMiner
-from pytorch_metric_learning.reducers import MeanReducer
-from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from siamese import judging
 from siamese.bundle import Bundle
 from siamese.callbacks import Health, ValidateLastEpoch
-from siamese.config import InputError, build, compose, partial, resolve
-from siamese.data.augmentation import Affine
+from siamese.config import InputError, build, compose, partial, rates, resolve
+from siamese.data.augmentation import Augment
 from siamese.data.glyphs import Glyphs
 from siamese.data.module import SiameseData
 from siamese.data.samples import Batch, Samples, Source
 from siamese.data.sampling import balanced, pairs, triplets
-from siamese.distances import scores
 from siamese.evaluation import evaluate
 from siamese.module import SiameseModule, health
 
-LOSSES, MINERS, SAMPLINGS = (
-    ("contrastive", "triplet", "supcon", "arcface"),
-    ("none", "all", "semihard", "hard"),
-    ("balanced", "pairs", "triplets"),
-)
-DISTANCES = ("cosine", "euclidean")
-REFUSED = {("triplet", "pairs"), ("supcon", "pairs"), ("arcface", "pairs"), ("arcface", "triplets")}
-# Where the data set brings its tuples, no miner is used.
-TRAINED = [
-    (loss, sampling, distance, miner)
-    for loss, sampling, distance in itertools.product(LOSSES, SAMPLINGS, DISTANCES)
-    for miner in (MINERS if sampling == "balanced" else ("none",))
-    if (loss, sampling) not in REFUSED
-]
 MLP = {"_target_": "siamese.encoders.MLP", "input_shape": [1, 32, 32], "hidden": [64], "embedding_size": 16}
 QUIET = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
 
@@ -62,33 +43,17 @@ def source() -> SomeGlyphs:
     return SomeGlyphs()
 
 
-@functools.cache
-def composed(loss: str, sampling: str, distance: str) -> dict:
-    size = ["sampling.classes=16"] if sampling == "balanced" else ["sampling.batch_size=32"]
-    return compose([f"loss={loss}", f"sampling={sampling}", f"distance={distance}", *size])
-
-
-@functools.cache
-def miner_node(miner: str) -> dict:
-    return compose([f"miner={miner}"])["miner"]
-
-
-def loss_of(config: dict, model: Bundle, **more) -> nn.Module:
-    own = {"distance": model.distance} if config["distance"]["name"] in config["loss"]["goes_with"]["distance"] else {}
-    return build(config, "loss", num_classes=40, embedding_size=16, **own, **more)
-
-
-def assembled(source: Source, loss: str, sampling: str, distance: str, miner: str) -> tuple[SiameseModule, SiameseData, dict]:
+def assembled(source: Source, *overrides: str) -> tuple[SiameseModule, SiameseData, dict]:
     """What train.py builds of a configuration, with a small encoder."""
-    config = {**composed(loss, sampling, distance), "miner": miner_node(miner)}
+    config = compose(["sampling.classes=16", *overrides])
     torch.manual_seed(0)
     data = SiameseData(source, partial(config, "sampling"), config["seed"])
     preprocessing = {"_target_": "siamese.bundle.Standardize", **data.standardization()}
     model = Bundle({"encoder": MLP, "distance": resolve(config, "distance"), "preprocessing": preprocessing})
-    chosen = build(config, "miner", distance=model.distance)
-    assert (chosen is None) == (miner == "none")
-    options = {"optimizer": partial(config, "optimizer"), "loss_lr": config["loss"].get("lr")}
-    return SiameseModule(model, loss_of(config, model), chosen, **options), data, config
+    miner = build(config, "miner", distance=model.distance)
+    loss = build(config, "loss", num_classes=40, embedding_size=16, distance=model.distance, miner=miner)
+    options = {"optimizer": partial(config, "optimizer"), "rates": rates(config)}
+    return SiameseModule(model, loss, miner, **options), data, config
 
 
 def module_of(loss: nn.Module, distance: dict | None = None, **options) -> SiameseModule:
@@ -102,70 +67,10 @@ def trainer(**options) -> L.Trainer:
     return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, use_distributed_sampler=False, **{**QUIET, **options})
 
 
-class Gradients(Callback):
-    """The encoder's gradients of the first steps."""
-
-    def __init__(self):
-        self.norms: list[float] = []
-
-    def on_after_backward(self, trainer, module):
-        if len(self.norms) < 3:
-            self.norms.append(sum(p.grad.norm().item() for p in module.model.encoder.parameters()))
-
-
-# All losses, miners, samplings and distances
-
-
-@pytest.mark.parametrize(("loss", "sampling", "distance", "miner"), TRAINED)
-def test_every_combination_learns(source, loss, sampling, distance, miner):
-    module, data, config = assembled(source, loss, sampling, distance, miner)
-    # The shipped losses average over the tuples that are not solved yet, which does not fall when more of them are solved.
-    every = loss_of(config, module.model, reducer=MeanReducer())
-    batch = data.train[torch.arange(0, len(data.train), 3)] if sampling == "balanced" else next(iter(data.train_dataloader()))
-
-    def embeddings() -> Tensor:
-        with torch.no_grad():
-            return module.model.train()(batch.inputs)
-
-    def separation(embedded: Tensor) -> float:
-        same = batch.labels[:, None] == batch.labels
-        return roc_auc_score(same.flatten(), scores(module.model.distance, embedded, embedded).flatten())
-
-    before = embeddings()
-    tuples = module.tuples(batch, before)  # mined once: a miner that moves on to harder ones hides that the old are solved
-
-    def objective(embedded: Tensor) -> float:
-        every.load_state_dict(module.loss.state_dict())
-        return every(embedded, batch.labels, tuples).item()
-
-    losses, gradients = [objective(before)], Gradients()
-    trainer(max_steps=20, limit_val_batches=0, callbacks=[gradients]).fit(module, data)
-    losses.append(objective(after := embeddings()))
-    assert all(math.isfinite(norm) and norm > 0 for norm in gradients.norms), gradients.norms
-    assert losses[1] < 0.8 * losses[0]
-    assert separation(after) > separation(before) + 0.03
-
-
-@pytest.mark.parametrize(("loss", "sampling"), sorted(REFUSED))
-def test_a_loss_that_cannot_use_the_tuples_is_refused(loss, sampling):
-    with pytest.raises(InputError, match=f"loss={loss} does not go with sampling={sampling}"):
-        compose([f"loss={loss}", f"sampling={sampling}"])
-
-
-@pytest.mark.parametrize(("loss", "fine"), [("arcface", False), ("supcon", False), ("triplet", True), ("contrastive", True)])
-def test_off_the_sphere_only_losses_that_know_it_are_let_through(loss, fine):
-    overrides = [f"loss={loss}", "distance=euclidean", "distance.normalize_embeddings=false"]
-    if fine:
-        assert compose(overrides)["distance"]["normalize_embeddings"] is False
-    else:
-        with pytest.raises(InputError, match=f"loss={loss} is not defined for distance=euclidean without normalisation"):
-            compose(overrides)
-
-
-@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("distance", ["cosine", "euclidean", "learned"])
 def test_loss_and_miner_measure_with_the_runs_distance(source, distance):
     for loss in ("contrastive", "triplet"):
-        module, *_ = assembled(source, loss, "balanced", distance, "hard")
+        module, *_ = assembled(source, f"loss={loss}", f"distance={distance}", "miner=hard")
         assert module.loss.distance is module.model.distance is module.miner.distance
 
 
@@ -183,7 +88,7 @@ def test_tuples_of_a_batch_come_before_those_of_the_miner(source):
 
 
 def test_the_directions_of_arcface_are_trained_at_a_rate_of_their_own(source, tmp_path):
-    module, data, config = assembled(source, "arcface", "balanced", "cosine", "none")
+    module, data, config = assembled(source, "loss=arcface")
     assert config["loss"]["lr"] != config["optimizer"]["lr"]
     before = module.loss.W.detach().clone()
     fitted = trainer(max_steps=4, limit_val_batches=0)
@@ -200,7 +105,7 @@ def test_the_directions_of_arcface_are_trained_at_a_rate_of_their_own(source, tm
 
 def test_without_a_rate_of_its_own_the_loss_takes_the_optimizers():
     module = module_of(ArcFaceLoss(40, 16), optimizer=functools.partial(torch.optim.SGD, lr=0.25))
-    assert [group["lr"] for group in module.configure_optimizers().param_groups] == [0.25, 0.25]
+    assert set(rates_of(module).values()) == {0.25}
 
 
 def test_a_loss_without_weights_adds_no_group():
@@ -217,14 +122,14 @@ class Rates(Callback):
         self.seen.append([group["lr"] for group in trainer.optimizers[0].param_groups])
 
 
-@pytest.mark.parametrize("schedule", ["onecycle", "cosine"])
+@pytest.mark.parametrize("schedule", ["onecycle", "cosine", "warmup"])
 def test_a_schedule_gets_its_length_and_peaks_from_the_run(source, schedule):
     config = compose([f"scheduler={schedule}"])
     module = module_of(
         ArcFaceLoss(40, 16),
         optimizer=functools.partial(torch.optim.SGD, lr=0.01),
         scheduler=partial(config, "scheduler"),
-        loss_lr=0.04,
+        rates={"loss": 0.04},
     )
     data, rates = SiameseData(source, lambda samples, seed: balanced(samples, seed, 16, 4)), Rates()
     trainer(max_epochs=3, limit_val_batches=0, callbacks=[rates]).fit(module, data)
@@ -233,12 +138,89 @@ def test_a_schedule_gets_its_length_and_peaks_from_the_run(source, schedule):
     assert second.tolist() == pytest.approx((4 * first).tolist(), rel=1e-3), "each group by its own peak"
     assert first.max() == pytest.approx(0.01, rel=0.02)
     assert first[-1] < 0.05 * first.max(), "it ends when the run does"
-    assert (schedule == "onecycle") == (first.argmax() > 0)
+    assert (schedule != "cosine") == (first.argmax() > 0)
+
+
+def rates_of(module: SiameseModule) -> dict[str, float]:
+    """Parameter name -> learning rate."""
+    names = {id(p): name for name, p in module.named_parameters()}
+    groups = module.configure_optimizers().param_groups
+    found = [(names[id(p)], group["lr"]) for group in groups for p in group["params"]]
+    assert len(found) == len(names) == len(dict(found)), "every weight is trained, once"
+    return dict(found)
+
+
+# The encoder's layers: 0 flattens; 1, 2 and 3 are linear, batch-norm and ReLU; 4 is linear.
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"layers.4": 10}, {"layers.4": 2.5}),
+        ({"layers.1": 0.1, "layers.4": 0}, {"layers.1": 0.025, "layers.4": 0.0}),
+        ({"layers.1": 2, "layers": 0.5}, {"layers": 0.125, "layers.1": 0.5}),
+        ({"layers": 0.5, "layers.1": 2}, {"layers": 0.125, "layers.1": 0.5}),
+    ],
+)
+def test_parts_of_the_encoder_have_rates_of_their_own(factors, expected):
+    module = module_of(ArcFaceLoss(40, 16), optimizer=functools.partial(torch.optim.SGD, lr=0.25), rates={"loss": 0.75}, lr_factors=factors)
+    for name, rate in rates_of(module).items():
+        name = name.removeprefix("model.encoder.")
+        inside = [part for part in expected if name.startswith(f"{part}.")]
+        assert rate == (0.75 if name.startswith("loss.") else expected[max(inside, key=len)] if inside else 0.25), name
+
+
+def test_the_encoder_and_a_loss_within_a_loss_have_rates_of_their_own(source):
+    module, *_ = assembled(source, "loss=sum", "+loss.losses.second.lr=0.5", "distance=learned", "loss@loss.losses.second=bce")
+    module.rates["model.encoder"] = 0.001
+    found = rates_of(module)
+    assert found["loss.losses.second.bias"] == 0.5
+    assert found["model.distance.weight"] == 0.003
+    assert {rate for name, rate in found.items() if name.startswith("model.encoder.")} == {0.001}
+
+
+def test_a_schedule_scales_each_part_by_its_own_peak(source):
+    module = module_of(
+        ContrastiveLoss(),
+        optimizer=functools.partial(torch.optim.AdamW, lr=0.01),
+        scheduler=partial(compose(["scheduler=warmup"]), "scheduler"),
+        lr_factors={"layers.4": 0.1},
+    )
+    loader, rates = balanced(source.split("train"), 0, 16, 4), Rates()
+    trainer(max_epochs=2, limit_val_batches=0, callbacks=[rates]).fit(module, loader)
+    first, second = torch.tensor(rates.seen).T
+    assert second.tolist() == pytest.approx((first / 10).tolist(), rel=1e-3)
+    assert first.max() == pytest.approx(0.01, rel=0.02)
+
+
+@pytest.mark.parametrize("factor", ["small", None, -0.1, True, [1]])
+def test_a_factor_that_multiplies_nothing_is_refused(factor):
+    with pytest.raises(ValueError, match=r"lr_factors.layers=.* must be a number that multiplies the learning rate, such as 0.1"):
+        module_of(ContrastiveLoss(), lr_factors={"layers": factor}).grouped_optimizer()
+
+
+def test_a_factor_of_a_part_that_the_encoder_lacks_is_refused_before_training(fit, tmp_path):
+    with pytest.raises(InputError, match=r"optimizer: the encoder has no part 'backbone' with weights: it has layers"):
+        fit(tmp_path, "optimizer.lr_factors={backbone:0.1}")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["scheduler=warmup", "scheduler.warmup=5"], r"scheduler: warmup=5 is a share of the run's steps"),
+        (["scheduler.pct_start=5.0"], r"scheduler: .*pct_start.*5"),
+    ],
+)
+def test_values_that_a_schedule_refuses_end_before_training(fit, tmp_path, overrides, message):
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path, *overrides)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_the_seed_decides_the_run(source):
     def weights(seed: int) -> Tensor:
-        module = module_of(ContrastiveLoss(), augmentation=Affine(), seed=seed)  # the same weights at first
+        module = module_of(ContrastiveLoss(), augmentation=Augment(rotation=10, shift=0.1), seed=seed)  # the same weights at first
         loader = balanced(source.split("train"), 0, 16, 4)
         trainer(max_steps=4).fit(module, loader)
         return nn.utils.parameters_to_vector(module.model.parameters())
@@ -317,6 +299,19 @@ def test_health_counts_tuples():
     negative = torch.tensor([(i, j) for i, j in every_pair if labels[i] != labels[j]]).T
     assert counted((*positive, *negative)) == (len(every_pair), 1)
     assert counted((*positive[:, :2], *negative[:, :7])) == (9, 9 / len(every_pair))
+
+
+@pytest.mark.parametrize("kind", ["pairs", "triplets"])
+def test_without_labels_the_listed_tuples_say_what_is_near(kind):
+    embeddings, unknown = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.full((6,), -1)
+    apart = [[1 - nn.functional.cosine_similarity(a, b, 0).item() for b in embeddings] for a in embeddings]
+    anchor, positive, negative = torch.tensor([0, 1]), torch.tensor([3, 4]), torch.tensor([5, 2])
+    tuples = (anchor, positive, negative) if kind == "triplets" else (anchor, positive, anchor[:1], negative[:1])
+    figures = health(embeddings, unknown, tuples, CosineSimilarity())
+    far = [apart[0][5], apart[1][2]] if kind == "triplets" else [apart[0][5]]
+    assert figures["train/positive_distance"] == pytest.approx((apart[0][3] + apart[1][4]) / 2, abs=1e-5)
+    assert figures["train/negative_distance"] == pytest.approx(sum(far) / len(far), abs=1e-5)
+    assert (figures["train/mined_tuples"], figures["train/mined_fraction"]) == (2 if kind == "triplets" else 3, 1)
 
 
 def test_the_spread_tells_a_collapsed_space_from_a_full_one():

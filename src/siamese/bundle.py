@@ -6,6 +6,7 @@ same = model.scores(embeddings[:1], embeddings[1:]) >= model.threshold
 """
 
 import importlib
+import inspect
 import json
 import os
 from pathlib import Path
@@ -49,9 +50,10 @@ class Bundle(nn.Module):
     def __init__(self, parts: dict, threshold: float | None = None, config: dict | None = None, trust: tuple[str, ...] = ()):
         super().__init__()
         self.parts, self.threshold, self.config = parts, threshold, config or {}
-        self.encoder, self.distance, self.preprocessing = (
-            construct_trusted(parts[name], nn.Module, trust) for name in ("encoder", "distance", "preprocessing")
-        )
+        self.encoder = construct_trusted(parts["encoder"], nn.Module, trust)
+        sizes = {"embedding_size": self.encoder.embedding_size} if hasattr(self.encoder, "embedding_size") else {}
+        self.distance = construct_trusted(parts["distance"], nn.Module, trust, **sizes)
+        self.preprocessing = construct_trusted(parts["preprocessing"], nn.Module, trust)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """uint8 or float [B, ...] -> float32 [B, D] embeddings."""
@@ -135,8 +137,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     return checkpoint
 
 
-def construct_trusted(part: dict, base: type, trust: tuple[str, ...] = ()):
+def construct_trusted(part: dict, base: type, trust: tuple[str, ...] = (), **offered):
     """Build what a file names, if it is a class under `base`, defined in a trusted package: nothing else that Python can reach.
+
+    Those of `offered` that its constructor names, and that the file leaves open, come by themselves.
 
     Raises:
         ValueError: it is not.
@@ -155,6 +159,8 @@ def construct_trusted(part: dict, base: type, trust: tuple[str, ...] = ()):
         raise ValueError(f"there is no class {target}: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, base) and kind.__module__.partition(".")[0] == package):
         raise ValueError(f"{target} is not a {base.__name__} of the package {package!r}")
+    takes = inspect.signature(kind.__init__).parameters
+    arguments = {**{name: value for name, value in offered.items() if name in takes}, **arguments}
     try:
         return kind(**arguments)
     except (TypeError, RuntimeError) as error:

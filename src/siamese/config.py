@@ -12,13 +12,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import CompactHydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,7 +32,13 @@ os.environ.setdefault("SIAMESE_DATA_DIR", str(ROOT / "data"))
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Keys of a group's YAML that tell us something and are no arguments of its `_target_`.
-NO_ARGUMENTS = {"loss": ("goes_with", "lr"), "distance": ("name",)}
+NO_ARGUMENTS = {
+    "encoder": ("lr",),
+    "loss": ("goes_with", "lr"),
+    "miner": ("goes_with",),
+    "distance": ("name",),
+    "optimizer": ("lr_factors",),
+}
 # May be a word where the default is a number: devices=auto.
 _ANY_TYPE = ("trainer.devices",)
 _CHECKED_JOBS = 100
@@ -122,14 +129,17 @@ def preflight(arguments: list[str], config_name: str) -> None:
     if not flags:
         jobs = [[o.input_line for o in mine]]
     elif all(o.is_discrete_sweep() for o in mine if o.is_sweep_override()):
-        choices = [
-            [f"{o.get_key_element()}={v}" for v in o.sweep_string_iterator()] if o.is_sweep_override() else [o.input_line] for o in mine
-        ]
+        choices = [[f"{o.get_key_element()}={v}" for v in _swept(o)] if o.is_sweep_override() else [o.input_line] for o in mine]
         jobs = [list(job) for job in itertools.islice(itertools.product(*choices), _CHECKED_JOBS)]
     else:
         return  # intervals: the sweeper draws the jobs, each is checked when it starts
     for job in jobs:
         compose(job, config_name)
+
+
+def _swept(override: Override) -> Iterable[str]:
+    values = override.value()
+    return values.filter(available(override.key_or_group)) if isinstance(values, Glob) else override.sweep_string_iterator()
 
 
 def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config_name: str) -> dict:
@@ -139,6 +149,8 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
     """
     cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     choices = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
+    if "callbacks" in cfg:  # of a list, callbacks=[ema,early_stopping], Hydra keeps no choice
+        choices.setdefault("callbacks", ",".join(cfg.callbacks))
     if config_name == "train":
         _check_combination(cfg, choices)
     _check_types(cfg, choices, overrides, config_name)
@@ -158,28 +170,71 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
 
 
 def on_the_sphere(distance: dict) -> bool:
-    """Cosine and normalised Euclidean distance rank alike: for what a loss accepts they are one family."""
+    """Cosine and normalised Euclidean distance rank alike: for what a loss accepts they are one family, `sphere`."""
     return distance["name"] == "cosine" or (distance["name"] == "euclidean" and distance["normalize_embeddings"])
 
 
+def named(cfg: DictConfig, choices: dict[str, str], group: str) -> Iterator[tuple[str, dict]]:
+    """What a group names, as the user says it (`loss=triplet`), with its node, unresolved; then what is named within it."""
+
+    def walk(path: str, node: dict) -> Iterator[tuple[str, dict]]:
+        key = path if path == group else f"{group}@{path}"
+        yield f"{key}={choices[key]}" if key in choices else path, node
+        for name, value in node.items():
+            if isinstance(value, dict) and name != "goes_with":
+                yield from walk(f"{path}.{name}", value)
+
+    return walk(group, OmegaConf.to_container(cfg[group], resolve=False))
+
+
 def _check_combination(cfg: DictConfig, choices: dict[str, str]) -> None:
-    loss, sampling, distance = choices["loss"], choices["sampling"], cfg.distance
-    accepts = cfg.loss.goes_with
-    if sampling not in accepts.sampling:
-        others = [name for name in available("loss") if sampling in _read("loss", name).goes_with.sampling]
-        why = "needs the classes of a balanced batch" if accepts.sampling == ["balanced"] else "finds no tuples it can use there"
-        raise InputError(
-            f"loss={loss} does not go with sampling={sampling}: it {why}. "
-            f"Use sampling={' or sampling='.join(accepts.sampling)}, or loss={' or loss='.join(others)}"
-        )
-    if distance.name not in accepts.distance and not ("cosine" in accepts.distance and on_the_sphere(distance)):
-        named = distance.name if distance.name == "cosine" or distance.normalize_embeddings else f"{distance.name} without normalisation"
-        raise InputError(f"loss={loss} is not defined for distance={named}: use distance={' or distance='.join(accepts.distance)}")
+    """Hold the table of what goes with what, the `goes_with` of each loss and miner, against what is asked for."""
+    sampling, distance, miner = choices["sampling"], cfg.distance, choices["miner"]
+    rows = [(said, node.get("goes_with", {})) for said, node in named(cfg, choices, "loss")]
+    losses = [loss for loss in available("loss") if _all_go_with([_read("loss", loss).get("goes_with")], sampling, distance)]
+    ways_out = {group: [f"loss={loss}" for loss in losses[:3]] for group in ("sampling", "distance")}
+    ways_out["sampling"][:0] = [f"sampling={s}" for s in available("sampling") if _all_go_with([row for _, row in rows], s, None)]
+    ways_out["distance"][:0] = [f"distance={d}" for d in available("distance") if _all_go_with([row for _, row in rows], None, d)]
+    for said, accepts in rows:
+        if not _all_go_with([accepts], sampling, None):
+            why = "needs the classes of a balanced batch" if accepts["sampling"] == ["balanced"] else "finds no tuples it can use there"
+            raise InputError(f"{said} does not go with sampling={sampling}: it {why}. Use {' or '.join(ways_out['sampling'])}")
+        if not _all_go_with([accepts], None, distance):
+            raise InputError(f"{said} is not defined for distance={_said(distance)}: use {' or '.join(ways_out['distance'])}")
+        if sampling == "balanced" and miner not in accepts.get("miner", [miner]):
+            remedy = f"use miner={' or miner='.join(accepts['miner'])}, or loss=triplet"
+            raise InputError(f"{said} forms its own tuples and takes none from miner={miner}: {remedy}")
+        key = said.partition("=")[0]
+        within = f"loss@{key.partition('@')[2] or key}.loss"
+        if choices.get(within) not in accepts.get("loss", [choices.get(within)]):
+            remedy = f"use {within}=contrastive, or another of {', '.join(accepts['loss'])}"
+            raise InputError(f"{said} does not go around loss={choices[within]}: {remedy}")
+    if sampling == "balanced":  # elsewhere no miner is used
+        for said, node in named(cfg, choices, "miner"):
+            if not _all_go_with([node.get("goes_with", {})], None, distance):
+                raise InputError(f"{said} is not defined for distance={_said(distance)}: use distance=cosine or miner=semihard")
+
+
+def _all_go_with(rows: list[dict | None], sampling: str | None, distance: DictConfig | str | None) -> bool:
+    """Do all these rows of the table accept both? None asks nothing; of a row that is missing nothing is known."""
+    names = {distance} if isinstance(distance, str) or distance is None else {distance.name}
+    if distance == "cosine" or (isinstance(distance, DictConfig) and on_the_sphere(distance)):
+        names.add("sphere")
+    return all(
+        row is not None
+        and (sampling is None or sampling in row.get("sampling", [sampling]))
+        and (distance is None or not names.isdisjoint(row.get("distance", names)))
+        for row in rows
+    )
+
+
+def _said(distance: DictConfig) -> str:
+    return "euclidean without normalisation" if distance.name == "euclidean" and not distance.normalize_embeddings else distance.name
 
 
 def _check_types(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config_name: str) -> None:
     """A number in the YAML stays a number, a switch a switch: found here, not in the first training step."""
-    values = [o for o in overrides if "." in o.partition("=")[0] or o.partition("=")[0].lstrip("+~") not in choices]
+    values = [o for o in overrides if o.partition("=")[0].lstrip("+~") not in choices]
     if not values:
         return
     shipped = _leaves(_compose([o for o in overrides if o not in values], config_name))
@@ -223,9 +278,10 @@ def explain(error: Exception, arguments: list[str], config_name: str) -> str:
     text = str(error)
     if isinstance(error, InputError):
         return text
-    if isinstance(error, MissingConfigException) and error.options is not None:
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        return f"{group}={choice} is not a choice: {_near(choice, error.options)}\n{group} is one of {', '.join(error.options)}"
+    if isinstance(error, MissingConfigException) and (missing := error.missing_cfg_file or "") and (CONF / missing).parent != CONF:
+        group, _, choice = missing.rpartition("/")
+        options = error.options or available(group)  # of a list Hydra names none
+        return f"{group}={choice} is not a choice: {_near(choice, options)}\n{group} is one of {', '.join(options)}"
     if "Config group override must be a string or a list" in text:
         for argument in arguments:
             group, _, choice = argument.partition("=")
@@ -269,8 +325,32 @@ def _near(word: str, words: list[str]) -> str:
 
 def resolve(config: dict, group: str) -> dict | None:
     """A group's node as `{"_target_": ..., **arguments}`; None for `none`."""
-    node = {key: value for key, value in config[group].items() if key not in NO_ARGUMENTS.get(group, ())}
+    node = _arguments(config[group], group, config["distance"]["name"])
     return node if "_target_" in node else None
+
+
+def _arguments(node: dict, group: str, distance: str) -> dict:
+    kept = {key: value for key, value in node.items() if key not in NO_ARGUMENTS.get(group, ())}
+    kept = {key: _arguments(value, group, distance) if isinstance(value, dict) else value for key, value in kept.items()}
+    if distance not in node.get("goes_with", {}).get("distance", [distance]):
+        kept["distance"] = None  # it keeps its own; the check has seen that the run's ranks alike
+    return kept
+
+
+def rates(config: dict) -> dict[str, float]:
+    """Learning rates other than the optimizer's, the `lr` of an encoder and of a loss or one within it, for `SiameseModule`."""
+    found = {}
+
+    def walk(path: str, node: dict) -> None:
+        if node.get("lr") is not None:
+            found[path] = node["lr"]
+        for name, value in node.items():
+            if isinstance(value, dict):
+                walk(f"{path}.{name}", value)
+
+    walk("model.encoder", config["encoder"])
+    walk("loss", config["loss"])
+    return found
 
 
 def fitting(node: dict, name: str, offered: dict) -> dict:
@@ -302,12 +382,24 @@ def bundle_arguments(config: dict, input_shape: tuple[int, ...], standardization
 def construct(node: dict, name: str, /, **offered):
     """Call a node's target with its arguments and those of `offered` that fit, by reference: nothing is copied.
 
+    Nodes among the arguments (the losses of a sum, the stages of a schedule) are constructed first, in the same way.
+
     Raises:
         InputError: the target refuses its arguments.
     """
     fits = fitting(node, name, offered)
+    within = {key: _construct_within(value, f"{name}.{key}", offered) for key, value in node.items() if isinstance(value, dict)}
+    plain = {key: value for key, value in node.items() if key not in within}
     with as_input_error(name):
-        return hydra.utils.instantiate({**node, "_partial_": True}, _convert_="all")(**fits)
+        return hydra.utils.instantiate({**plain, "_partial_": True}, _convert_="all")(**fits, **within)
+
+
+def _construct_within(node: dict, name: str, offered: dict):
+    if "_target_" in node:
+        return construct(node, name, **offered)
+    if not node:  # the choice `none`
+        return None
+    return {key: _construct_within(value, f"{name}.{key}", offered) if isinstance(value, dict) else value for key, value in node.items()}
 
 
 def build(config: dict, group: str, /, **offered):

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from siamese.bundle import Bundle
 from siamese.data.samples import Batch
+from siamese.encoders import part_of
 from siamese.evaluation import evaluate
+from siamese.miners import ScheduledMiner
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +33,9 @@ class SiameseModule(L.LightningModule):
         optimizer: makes the optimizer from parameter groups.
         scheduler: makes the schedule, stepped after every batch, from the optimizer and those of `total_steps`, `T_max` and
             `max_lr` that it takes; or None.
-        loss_lr: learning rate of the loss's own weights; None takes the optimizer's.
+        rates: learning rates other than the optimizer's: of "loss" (its own weights), of "model.encoder", or of a module within.
+        lr_factors: for parts of the encoder, by their dotted names, what its learning rate is multiplied by; of a part within
+            another its own factor counts.
         seed: with the step it decides the augmentation.
         config: plain values, kept in every checkpoint.
     """
@@ -44,40 +48,82 @@ class SiameseModule(L.LightningModule):
         augmentation: Callable[[Tensor, torch.Generator], Tensor] | None = None,
         optimizer: Callable = torch.optim.AdamW,
         scheduler: Callable | None = None,
-        loss_lr: float | None = None,
+        rates: dict[str, float] | None = None,
+        lr_factors: dict[str, float] | None = None,
         seed: int = 0,
         config: dict | None = None,
     ):
         super().__init__()
         self.model, self.loss, self.miner, self.augmentation = model, loss, miner, augmentation
-        self.make_optimizer, self.make_scheduler, self.loss_lr, self.seed, self.config = optimizer, scheduler, loss_lr, seed, config or {}
+        self.make_optimizer, self.make_scheduler, self.rates, self.lr_factors = optimizer, scheduler, rates or {}, lr_factors or {}
+        self.seed, self.config = seed, config or {}
         self._val: list[tuple[Tensor, Tensor]] = []
 
+    def grouped_optimizer(self) -> torch.optim.Optimizer:
+        """All weights, each once, in groups by their learning rate.
+
+        Raises:
+            ValueError: `lr_factors` names a part that the encoder lacks, or what is no factor.
+        """
+        factors = {}
+        for part, factor in self.lr_factors.items():
+            if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 0:
+                raise ValueError(f"lr_factors.{part}={factor} must be a number that multiplies the learning rate, such as 0.1")
+            part_of(self.model.encoder, part)
+            factors[f"model.encoder.{part}"] = factor
+        groups: dict[tuple[str | None, str | None], list[nn.Parameter]] = {}
+        for name, weight in self.named_parameters():
+            inside = [
+                max((part for part in parts if name.startswith(f"{part}.")), key=len, default=None) for parts in (self.rates, factors)
+            ]
+            groups.setdefault(tuple(inside), []).append(weight)
+        rates = [{} if part is None else {"lr": self.rates[part]} for part, _ in groups]
+        optimizer = self.make_optimizer([{"params": weights, **rate} for weights, rate in zip(groups.values(), rates, strict=True)])
+        for group, (_, part) in zip(optimizer.param_groups, groups, strict=True):
+            group["lr"] *= factors.get(part, 1)
+        return optimizer
+
     def configure_optimizers(self):
-        groups = [{"params": list(self.model.parameters())}]
-        own = [p for p in self.loss.parameters() if all(p is not q for q in groups[0]["params"])]
-        if own:
-            groups.append({"params": own} if self.loss_lr is None else {"params": own, "lr": self.loss_lr})
-        optimizer = self.make_optimizer(groups)
+        optimizer = self.grouped_optimizer()
         if self.make_scheduler is None:
             return optimizer
+        schedule = self.scheduled(optimizer, self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def scheduled(self, optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
         # What a schedule cannot know by itself, under the names that torch's schedules have for it.
-        steps = self.trainer.estimated_stepping_batches
         offered = {"total_steps": steps, "T_max": steps, "max_lr": [group["lr"] for group in optimizer.param_groups]}
         takes, given = inspect.signature(self.make_scheduler).parameters, getattr(self.make_scheduler, "keywords", {})
-        schedule = self.make_scheduler(optimizer, **{name: value for name, value in offered.items() if name in takes and name not in given})
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.make_scheduler(optimizer, **{name: value for name, value in offered.items() if name in takes and name not in given})
 
     def tuples(self, batch: Batch, embeddings: Tensor) -> tuple[Tensor, ...] | None:
         if batch.tuples is not None or self.miner is None:
             return batch.tuples
         return self.miner(embeddings, batch.labels)
 
+    def on_train_start(self) -> None:
+        for name, start in ((name, start) for miner in self._scheduled() for name, start in miner.starts.items()):
+            if 0 <= (self.trainer.max_epochs or -1) <= start:
+                log.warning("miner stage %s starts at epoch %d, the run ends before it: it is never used", name, start)
+
+    def on_train_epoch_start(self) -> None:
+        for miner in self._scheduled():
+            miner.set_epoch(self.current_epoch)
+            self.log("train/miner_stage", float(list(miner.starts).index(miner.stage)))
+
+    def _scheduled(self) -> list[ScheduledMiner]:
+        return [module for module in self.modules() if isinstance(module, ScheduledMiner)]
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        inputs = batch.inputs
-        if self.augmentation is not None:
-            entropy = np.random.SeedSequence([self.seed, self.global_step]).generate_state(1, np.uint64)[0] >> 1
-            inputs = self.augmentation(inputs, torch.Generator().manual_seed(int(entropy)))
+        # What draws from torch's global generator in a step (dropout, miners that sample) follows from (seed, epoch, batch) alone,
+        # so that a resumed run, and every rank, draws the same.
+        entropy = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx]).generate_state(1, np.uint64)[0] >> 1
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(entropy))
+            return self._step(batch, torch.Generator().manual_seed(int(entropy)))
+
+    def _step(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        inputs = batch.inputs if self.augmentation is None else self.augmentation(batch.inputs, generator)
         embeddings = self.model(inputs)
         logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         filters = [m for m in self.loss.modules() if isinstance(m, ThresholdReducer)]
@@ -123,6 +169,8 @@ def health(embeddings: Tensor, labels: Tensor, tuples: tuple[Tensor, ...] | None
     train/spread: 1 - the length of the mean unit embedding; 0 when all inputs land on one point, near 1 when they fill the sphere.
     train/mined_tuples: how many triplets, or pairs, reached the loss.
     train/mined_fraction: those as a share of all that the batch's labels allow.
+
+    Samples without labels are in the tuples that somebody has listed: these are then all pairs, and all that is allowed.
     """
     matrix = distance(embeddings)
     matrix = 1 - matrix if distance.is_inverted else matrix
@@ -131,9 +179,13 @@ def health(embeddings: Tensor, labels: Tensor, tuples: tuple[Tensor, ...] | None
     positives, negatives = same.sum(1) - 1, (~same).sum(1)
     possible = int((positives * negatives).sum() if tuples is not None and len(tuples) == 3 else (positives + negatives).sum())
     mined = possible if tuples is None else sum(len(part) for part in tuples[::2]) if len(tuples) == 4 else len(tuples[0])
+    near, far = matrix[same & ~itself], matrix[~same]
+    if tuples is not None and (labels < 0).any():
+        other, negative = tuples[2:] if len(tuples) == 4 else tuples[::2]
+        near, far, possible = matrix[tuples[0], tuples[1]], matrix[other, negative], mined
     return {
-        "train/positive_distance": matrix[same & ~itself].mean().item(),
-        "train/negative_distance": matrix[~same].mean().item(),
+        "train/positive_distance": near.mean().item(),
+        "train/negative_distance": far.mean().item(),
         "train/spread": 1 - nn.functional.normalize(embeddings).mean(0).norm().item(),
         "train/mined_tuples": float(mined),
         "train/mined_fraction": mined / max(possible, 1),

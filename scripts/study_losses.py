@@ -1,0 +1,220 @@
+"""Train every loss, and every miner, alike: a small equal budget on glyphs, judged on validation, several seeds; written as a page.
+
+    python scripts/study_losses.py                     # run what has not been run yet, then write docs/losses.md and docs/losses.png
+    python scripts/study_losses.py --only loss=triplet miner=hard --seeds 0     # some of it
+    python scripts/study_losses.py --page              # only write the page again, from docs/losses.json
+
+Each run is `python train.py loss=... seed=... test=false` by itself, in a directory of its own below --runs: what is finished there
+is not run again, so the study can be stopped and resumed at any time. A run of this study with other settings needs other --runs.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from siamese.config import ROOT, InputError, available, compose
+from siamese.record import write_json
+
+EPOCHS = 8
+BUDGET = ["test=false", "logger=none", f"trainer.max_epochs={EPOCHS}", f"trainer.check_val_every_n_epoch={EPOCHS}"]
+FIGURES = ("recall_at_1", "map_at_r", "auc", "eer", "oneshot_20way")
+
+
+def variants() -> dict[str, list[str]]:
+    """Name -> overrides of all that goes with the defaults: each loss by itself, and the triplet loss with each miner."""
+    every = {f"loss={loss}": [f"loss={loss}"] for loss in available("loss")}
+    every |= {f"miner={miner}": ["loss=triplet", f"miner={miner}"] for miner in available("miner")}
+    fitting = {}
+    for name, overrides in every.items():
+        try:
+            compose([*overrides, *BUDGET])
+        except InputError as error:
+            print(f"left out: {error}")
+        else:
+            fitting[name] = overrides
+    # Half of the epochs each, or the second stage would never start.
+    fitting["miner=scheduled"] = [*fitting["miner=scheduled"], f"miner.start_epoch.late={EPOCHS // 2}"]
+    return fitting
+
+
+def run(folder: Path, overrides: list[str]) -> None:
+    """One training in a process of its own, on one thread; its peak memory is left beside its figures."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = folder.parent / f"{folder.name}.log"
+    with log.open("w") as file:
+        command = [sys.executable, "train.py", *overrides, *BUDGET, f"paths.output_dir={folder}"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(overrides)} ended with {process.returncode}: see {log}")
+    write_json(folder / "peak.json", {"MiB": usage.ru_maxrss // 1024})
+    log.unlink()
+
+
+def study(runs: Path, chosen: dict[str, list[str]], seeds: list[int], jobs: int) -> list[str]:
+    """Run what is missing, `jobs` at a time, with a progress bar; gives back what failed."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    todo = [(runs / name / str(seed), [*overrides, f"seed={seed}"]) for seed in seeds for name, overrides in chosen.items()]
+    missing = [(folder, overrides) for folder, overrides in todo if not (folder / "peak.json").is_file()]
+    failed: list[str] = []
+    stop = threading.Event()
+    with Progress("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
+        task = bar.add_task("runs", total=len(todo), completed=len(todo) - len(missing))
+
+        def one(folder: Path, overrides: list[str]) -> None:
+            if stop.is_set():
+                return
+            try:
+                run(folder, overrides)
+            except RuntimeError as error:
+                failed.append(str(error))
+            bar.advance(task)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for done in [pool.submit(one, *arguments) for arguments in missing]:
+                    done.result()
+            except KeyboardInterrupt:
+                stop.set()
+                raise
+    return failed
+
+
+def collect(runs: Path, names: list[str]) -> dict[str, list[dict[str, float]]]:
+    """Name -> figures of each finished seed; `raw` and `untrained` stand beside the losses."""
+    found: dict[str, list[dict[str, float]]] = {}
+    for name in names:
+        for folder in sorted((path for path in (runs / name).glob("*") if (path / "peak.json").is_file()), key=lambda path: int(path.name)):
+            metrics = json.loads((folder / "metrics.json").read_text())
+            peak = json.loads((folder / "peak.json").read_text())["MiB"]
+            trained = {figure: metrics[f"val/{figure}"] for figure in FIGURES} | {"seconds": metrics["seconds/fit"], "MiB": peak}
+            found.setdefault(name, []).append(trained)
+            if name == "loss=supcon":
+                for row in ("raw", "untrained"):
+                    found.setdefault(row, []).append({figure: metrics[f"{row}/{figure}"] for figure in FIGURES})
+    return found
+
+
+def mean(rows: list[dict[str, float]], figure: str) -> float:
+    return statistics.mean(row[figure] for row in rows)
+
+
+def spread(rows: list[dict[str, float]], figure: str) -> float:
+    return statistics.stdev(row[figure] for row in rows) if len(rows) > 1 else 0.0
+
+
+def ranked(found: dict[str, list[dict[str, float]]], group: str) -> list[str]:
+    return sorted((name for name in found if name.startswith(f"{group}=")), key=lambda name: -mean(found[name], "map_at_r"))
+
+
+def table(found: dict[str, list[dict[str, float]]], group: str) -> str:
+    rows = [f"| `{group}=` | {' | '.join(FIGURES)} | seconds | MiB |", "| --- |" + " ---: |" * (len(FIGURES) + 2)]
+    for name in [*ranked(found, group), "untrained", "raw"]:
+        cells = [f"{mean(found[name], figure):.3f} ± {spread(found[name], figure):.3f}" for figure in FIGURES]
+        cost = [f"{mean(found[name], cell):.0f}" if cell in found[name][0] else "" for cell in ("seconds", "MiB")]
+        rows.append(f"| {name.removeprefix(f'{group}=')} | {' | '.join([*cells, *cost])} |")
+    return "\n".join(rows)
+
+
+def page(found: dict[str, list[dict[str, float]]], notes: str) -> str:
+    best = mean(found[ranked(found, "loss")[0]], "recall_at_1")
+    leading = max(mean(found[name], "recall_at_1") for name in ranked(found, "loss"))
+    near = [name for name in ranked(found, "loss") if mean(found[name], "recall_at_1") >= leading - 0.05]
+    seeds = max(len(rows) for rows in found.values())
+    return f"""# Losses and miners on equal terms
+
+Every loss of `conf/loss` with the other defaults (32 classes x 4 letters a batch, no miner), and `loss=triplet` with every
+miner: {EPOCHS} epochs on the Latin letters of glyphs, judged on the Cyrillic ones (validation; the test scripts are not touched),
+mean ± standard deviation over {seeds} seeds. Each loss has the values of its YAML, found by a short search on validation.
+Best by `map_at_r` first; seconds are of training on one thread, with another run beside it; MiB is the peak of the process.
+
+![map_at_r and recall_at_1 of every loss and miner](losses.png)
+
+{len(near)} of {len(ranked(found, "loss"))} losses are within five points of the best `recall_at_1` ({leading:.3f}); \
+the best by `map_at_r` reaches {best:.3f}.
+
+## Losses
+
+{table(found, "loss")}
+
+## Miners, with the triplet loss
+
+{table(found, "miner")}
+
+{notes}
+Made by `python scripts/study_losses.py`; the figures of each seed are in [losses.json](losses.json).
+"""
+
+
+def chart(found: dict[str, list[dict[str, float]]], to: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    groups = {group: ranked(found, group)[::-1] for group in ("loss", "miner")}
+    sizes = [len(names) for names in groups.values()]
+    figure, panels = plt.subplots(2, 1, figsize=(8, 0.27 * sum(sizes) + 2), height_ratios=sizes, sharex=True, layout="constrained", dpi=110)
+    for axis, (group, names) in zip(panels, groups.items(), strict=True):
+        # Blue and vermilion, circle and square: told apart by colour-blind eyes too (Okabe and Ito 2008).
+        for figure_name, colour, marker in (("map_at_r", "#0072B2", "o"), ("recall_at_1", "#D55E00", "s")):
+            values = [mean(found[name], figure_name) for name in names]
+            errors = [spread(found[name], figure_name) for name in names]
+            axis.errorbar(values, range(len(names)), xerr=errors, fmt=marker, color=colour, markersize=4, capsize=2, label=figure_name)
+            axis.axvline(mean(found["untrained"], figure_name), color=colour, linestyle="--", linewidth=0.8)
+            axis.axvline(mean(found["raw"], figure_name), color=colour, linestyle=":", linewidth=0.8)
+        axis.set_yticks(range(len(names)), [name.partition("=")[2] for name in names], fontsize=8)
+        axis.set_title("every loss" if group == "loss" else "the triplet loss with every miner", fontsize=10, loc="left")
+        axis.grid(alpha=0.25)
+    panels[0].legend(loc="lower left", fontsize=8)
+    panels[1].set_xlabel("validation, mean and standard deviation over seeds; dashed: untrained encoder, dotted: raw input", fontsize=9)
+    partial = to.with_name(f"{to.name}.part")
+    figure.savefig(partial, format="png")
+    os.replace(partial, to)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "logs" / "studies" / "losses", metavar="DIR", help="where the runs are kept")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="where the page goes")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    parser.add_argument("--only", nargs="+", metavar="GROUP=CHOICE", help="run only these; the page has all that was ever run")
+    parser.add_argument("--page", action="store_true", help="run nothing, write the page again from losses.json")
+    arguments = parser.parse_args()
+    data = arguments.docs / "losses.json"
+    if arguments.page:
+        if not data.is_file():
+            sys.exit(f"error: there is no {data}: run the study first")
+        found = json.loads(data.read_text())
+    else:
+        every = variants()
+        if unknown := set(arguments.only or ()) - every.keys():
+            sys.exit(f"error: {', '.join(sorted(unknown))} is not part of the study: take some of {', '.join(every)}")
+        chosen = {name: every[name] for name in arguments.only or every}
+        failed = study(arguments.runs.resolve(), chosen, arguments.seeds, max(arguments.jobs, 1))
+        for line in failed:
+            print(line, file=sys.stderr)
+        found = collect(arguments.runs, list(every))
+        if "untrained" not in found or not ranked(found, "miner"):
+            sys.exit("error: the page needs loss=supcon, for the rows before training, and a miner: run these too")
+        arguments.docs.mkdir(parents=True, exist_ok=True)
+        write_json(data, found)
+    notes = arguments.docs / "losses_notes.md"
+    partial = arguments.docs / "losses.md.part"
+    partial.write_text(page(found, f"{notes.read_text().strip()}\n" if notes.is_file() else ""))
+    os.replace(partial, arguments.docs / "losses.md")
+    chart(found, arguments.docs / "losses.png")
+    sys.exit(1 if not arguments.page and failed else 0)
+
+
+if __name__ == "__main__":
+    main()
