@@ -103,7 +103,10 @@ def train(config: dict) -> dict[str, float]:
         with as_input_error("scheduler"):
             module.scheduled(optimizer, steps=100)  # of a length that does not matter, to see that its values are fine
     splits = ("train", "val", "test") if config["test"] else ("train", "val")
-    provenance = record.provenance(ROOT, {split: getattr(data, split).fingerprint() for split in splits})
+    fingerprints = {split: getattr(data, split).fingerprint() for split in splits}
+    if config["sampling"].get("file"):
+        fingerprints["sampling.file"] = record.fingerprint(config["sampling"]["file"])
+    provenance = record.provenance(ROOT, fingerprints)
     record.write_json(out / "provenance.json", provenance)
 
     seconds, crashed = {"fit": 0.0, "evaluate": 0.0}, True

@@ -42,7 +42,7 @@ def combinations() -> str:
     """The table of what goes with what, losses and miners of one row together; margins stand in the YAMLs."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for group in ("loss", "miner"):
-        for choice in available(group):
+        for choice in sorted(set(available(group)) - {"none"}):
             accepts = OmegaConf.to_container(OmegaConf.load(CONF / group / f"{choice}.yaml"), resolve=False).get("goes_with", {})
             samplings = accepts.get("sampling", ["balanced"] if group == "miner" else ["as the losses within"])
             distances = list(accepts.get("distance", ["any" if group == "miner" else "as the losses within"]))

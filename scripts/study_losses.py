@@ -27,9 +27,16 @@ FIGURES = ("recall_at_1", "map_at_r", "auc", "eer", "oneshot_20way")
 
 
 def variants() -> dict[str, list[str]]:
-    """Name -> overrides of all that goes with the defaults: each loss by itself, and the triplet loss with each miner."""
+    """Name -> overrides: each loss by itself, and the triplet loss with each miner."""
     every = {f"loss={loss}": [f"loss={loss}"] for loss in available("loss")}
     every |= {f"miner={miner}": ["loss=triplet", f"miner={miner}"] for miner in available("miner")}
+    # Half of the epochs each, or the second stage would never start.
+    every["miner=scheduled"] = [*every["miner=scheduled"], f"miner.start_epoch.late={EPOCHS // 2}"]
+    return every
+
+
+def compatible(every: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Those that go with the defaults; of the others it says why not."""
     fitting = {}
     for name, overrides in every.items():
         try:
@@ -38,8 +45,6 @@ def variants() -> dict[str, list[str]]:
             print(f"left out: {error}")
         else:
             fitting[name] = overrides
-    # Half of the epochs each, or the second stage would never start.
-    fitting["miner=scheduled"] = [*fitting["miner=scheduled"], f"miner.start_epoch.late={EPOCHS // 2}"]
     return fitting
 
 
@@ -199,7 +204,7 @@ def main() -> None:
         every = variants()
         if unknown := set(arguments.only or ()) - every.keys():
             sys.exit(f"error: {', '.join(sorted(unknown))} is not part of the study: take some of {', '.join(every)}")
-        chosen = {name: every[name] for name in arguments.only or every}
+        chosen = compatible({name: every[name] for name in arguments.only or every})
         failed = study(arguments.runs.resolve(), chosen, arguments.seeds, max(arguments.jobs, 1))
         for line in failed:
             print(line, file=sys.stderr)

@@ -356,3 +356,70 @@ def test_the_losses_of_this_module_work_with_a_memory(loss):
 def test_a_loss_without_pairs_has_no_use_for_a_memory():
     with pytest.raises(Exception, match="not supported for ArcFaceLoss"):
         memory_of(loss=pml.ArcFaceLoss(4, 8))
+
+
+# Tuplet margin, histogram, N-pairs and SphereFace
+
+
+@pytest.mark.parametrize("tuples", [None, MultiSimilarityMiner(epsilon=0.5)], ids=["all pairs", "mined"])
+def test_the_tuplet_margin_loss_is_pmls(tuples):
+    embeddings, labels = batch(15), torch.tensor([0] * 5 + [1] * 2 + [2] * 7 + [3])
+    mined = tuples and tuples(embeddings, labels)
+    mine, theirs = (
+        value_and_gradients(kind(scale=8), embeddings, labels, mined) for kind in (losses.TupletMarginLoss, pml.TupletMarginLoss)
+    )
+    torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-9)
+    assert mine[0] > 0
+
+
+def test_the_histogram_loss_is_pmls():
+    embeddings, labels = batch(15), torch.tensor([0] * 5 + [1] * 3 + [2] * 7)
+    mine, theirs = (value_and_gradients(kind(n_bins=20), embeddings, labels) for kind in (losses.HistogramLoss, pml.HistogramLoss))
+    torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-10)
+    assert mine[0] > 0
+
+
+def test_the_histogram_loss_is_the_chance_that_a_different_pair_is_more_alike():
+    embeddings, labels = batch(40), torch.arange(40) % 5
+    matrix, same = CosineSimilarity()(embeddings), labels[:, None] == labels
+    once = torch.ones(40, 40).triu(1).bool()
+    chance = (matrix[once & ~same][:, None] > matrix[once & same]).double().mean()
+    assert losses.HistogramLoss(n_bins=200)(embeddings, labels).item() == pytest.approx(chance.item(), abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["TupletMarginLoss", "HistogramLoss"])
+def test_equal_inputs_have_a_finite_loss_and_gradient(name):
+    embeddings = torch.randn(4, 5).repeat(2, 1)
+    for part in value_and_gradients(getattr(losses, name)(), embeddings, torch.arange(4).repeat(2)):
+        assert part.isfinite().all()
+
+
+@pytest.mark.parametrize("labels", [torch.zeros(6).long(), torch.arange(6)], ids=["one class", "singletons"])
+@pytest.mark.parametrize("name", ["TupletMarginLoss", "HistogramLoss", "NPairsLoss"])
+def test_the_others_too_are_zero_without_positives_or_negatives(name, labels):
+    embeddings = batch(6).requires_grad_()
+    loss = getattr(losses, name)()(embeddings, labels)
+    loss.backward()
+    assert loss == 0
+    assert (embeddings.grad == 0).all()
+
+
+def test_n_pairs_is_the_cross_entropy_of_one_pair_a_class():
+    embeddings, labels = batch(9), torch.arange(9) % 3
+    unit = nn.functional.normalize(embeddings)
+    pairs = [(0, 3), (1, 4), (2, 5)]  # the first two of each class
+    expected = 0
+    for anchor, positive in pairs:
+        logits = torch.tensor([(unit[anchor] @ unit[other]).item() / 0.2 for _, other in pairs])
+        expected += (torch.logsumexp(logits, 0) - (unit[anchor] @ unit[positive]) / 0.2).item() / 3
+    assert losses.NPairsLoss(temperature=0.2)(embeddings, labels).item() == pytest.approx(expected, abs=1e-6)
+    plain = losses.NPairsLoss(temperature=1)(embeddings, labels)
+    assert plain.item() == pytest.approx(pml.NPairsLoss()(embeddings, labels).item())
+
+
+def test_sphereface_does_not_depend_on_the_length_of_embeddings_and_is_pmls_on_those_of_length_scale():
+    embeddings, labels = nn.functional.normalize(batch(12)), torch.arange(12) % 4
+    mine, theirs = losses.SphereFaceLoss(4, 5, margin=3, scale=7.0), pml.SphereFaceLoss(4, 5, margin=3, scale=1.0)
+    theirs.W.data = mine.W.data
+    assert mine(embeddings, labels).item() == pytest.approx(theirs(7 * embeddings, labels).item(), rel=1e-9)
+    assert mine(3 * embeddings, labels).item() == pytest.approx(mine(embeddings, labels).item(), rel=1e-9)

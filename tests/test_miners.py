@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.losses import CrossBatchMemory, TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner, TripletMarginMiner
@@ -22,7 +23,7 @@ DISTANCES = {
     "unit euclidean": LpDistance(),
     "learned": LearnedDistance(8),
 }
-MARGINS = {"cosine": 0.3, "euclidean": 1.0, "unit euclidean": 0.3, "learned": 2.0}
+MARGINS = {"cosine": 0.3, "euclidean": 1.0, "unit euclidean": 0.3, "learned": 0.25}
 EVEN, UNEVEN, SINGLETONS = [0, 1, 2, 3] * 5, [0] * 9 + [1] * 2 + [2] + [3] * 5, list(range(6))
 TWINS = [0, 0, 1, 1, 2, 3]
 
@@ -221,3 +222,18 @@ def test_the_weights_of_every_stage_are_the_miners_own():
 def test_a_schedule_that_leaves_an_epoch_without_one_stage_is_refused(stages, start_epoch, words):
     with pytest.raises(ValueError, match=words):
         ScheduledMiner(dict.fromkeys(stages), start_epoch)
+
+
+# Angular
+
+
+def test_the_angular_miner_is_pmls_on_unit_vectors_and_does_not_depend_on_their_length():
+    unit, lengths = torch.nn.functional.normalize(torch.randn(16, 5)), torch.rand(16, 1) * 5 + 0.1
+    reference, labels = torch.nn.functional.normalize(torch.randn(9, 5)), torch.arange(16) % 4
+    expected = miners.AngularMiner(angle=35)(unit, labels)
+    theirs = pml_miners.AngularMiner(angle=35)(unit, labels)
+    assert 0 < len(expected[0]) < 16 * 3 * 12
+    assert triplets(expected) == triplets(theirs) == triplets(miners.AngularMiner(angle=35)(unit * lengths, labels))
+    assert triplets(theirs) != triplets(pml_miners.AngularMiner(angle=35)(unit * lengths, labels))
+    against = miners.AngularMiner(angle=35)(unit * lengths, labels, 3 * reference, torch.arange(9) % 4)
+    assert triplets(against) == triplets(pml_miners.AngularMiner(angle=35)(unit, labels, reference, torch.arange(9) % 4))

@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 
 import lightning.pytorch as L
 import pytest
@@ -22,6 +23,7 @@ from siamese.data.module import SiameseData
 from siamese.data.samples import Batch, Samples, Source
 from siamese.data.sampling import balanced, pairs, triplets
 from siamese.evaluation import evaluate
+from siamese.miners import ScheduledMiner
 from siamese.module import SiameseModule, health
 
 MLP = {"_target_": "siamese.encoders.MLP", "input_shape": [1, 32, 32], "hidden": [64], "embedding_size": 16}
@@ -454,3 +456,60 @@ def test_standardization_is_that_of_the_training_inputs(source):
     found = data.standardization()
     assert found["mean"] == pytest.approx([fractions.mean().item()])
     assert found["std"] == pytest.approx([fractions.std().item()])
+
+
+def test_a_batch_without_positive_pairs_has_no_mean_of_them():
+    tuples = (*torch.empty(2, 0, dtype=torch.long), *torch.tensor([[0], [1]]))
+    figures = health(torch.randn(2, 4), torch.tensor([-1, -1]), tuples, CosineSimilarity())
+    assert "train/positive_distance" not in figures
+    assert math.isfinite(figures["train/negative_distance"])
+
+
+def test_a_miner_that_finds_nothing_is_said_once(source, caplog):
+    class Nothing(nn.Module):
+        def forward(self, *_):
+            return tuple(torch.empty(3, 0, dtype=torch.long))
+
+    with caplog.at_level(logging.WARNING):
+        fitting = trainer(max_steps=9, log_every_n_steps=1, callbacks=[Health(patience=4)])
+        fitting.fit(module_of(TripletMarginLoss(), miner=Nothing()), balanced(source.split("train"), 0, 16, 4))
+    assert caplog.text.count("the miner found no tuples") == 1
+    assert "step 4: the miner found no tuples" in caplog.text
+
+
+def test_a_stage_that_starts_after_the_end_is_said(source, caplog):
+    miner = ScheduledMiner({"early": None, "late": TripletMarginMiner()}, {"early": 0, "late": 3})
+    loader = balanced(source.split("train"), 0, 16, 4)
+    for epochs, remarks in ((3, 1), (4, 1)):  # of the second run nothing more
+        with caplog.at_level(logging.WARNING):
+            trainer(max_epochs=epochs, limit_train_batches=1).fit(module_of(TripletMarginLoss(), miner=miner), loader)
+        assert caplog.text.count("miner stage late starts at epoch 3, the run ends before it") == remarks
+
+
+def test_the_stage_of_a_scheduled_miner_is_that_of_the_epoch_and_logged(source):
+    miner, seen = ScheduledMiner({"early": None, "late": TripletMarginMiner()}, {"early": 0, "late": 2}), Figures()
+    trainer(max_epochs=3, limit_train_batches=1, log_every_n_steps=1, callbacks=[seen]).fit(
+        module_of(TripletMarginLoss(), miner=miner), balanced(source.split("train"), 0, 16, 4)
+    )
+    assert [step["train/miner_stage"] for step in seen.steps] == [0, 0, 1]
+    assert [step["train/mined_fraction"] < 1 for step in seen.steps] == [False, False, True]
+
+
+def test_a_miner_that_draws_draws_by_seed_epoch_and_batch_alone(source):
+    class Draws(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def forward(self, *_):
+            self.seen.append(torch.rand(1).item())
+
+    def drawn(seed: int, noise: int) -> list[float]:
+        miner = Draws()
+        module = module_of(ContrastiveLoss(), miner=miner, seed=seed)
+        torch.rand(noise)
+        trainer(max_epochs=2, limit_train_batches=2).fit(module, balanced(source.split("train"), 0, 16, 4))
+        return miner.seen
+
+    assert drawn(0, noise=0) == drawn(0, noise=7)
+    assert len({*drawn(0, 0), *drawn(1, 0)}) == 8

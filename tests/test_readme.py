@@ -56,6 +56,7 @@ def shortened(command: str) -> list[str] | None:
     if words[1] == "train.py":
         small = ["dataset.background=small1"] if any("omniglot" in word for word in words) else []
         kept = [word for word in words if not word.startswith("trainer.max_epochs")]
+        kept = [word.replace("glob(*)", "glob(a*)") for word in kept]
         return [*kept, *FEW_STEPS, "test=false", *small, *(["sampling.classes=16"] if small else [])]
     return words
 

@@ -15,6 +15,9 @@ EPOCHS = ("trainer.max_epochs=4", "test=false")
 RUNS = {
     "the default": [],
     "a loss with weights of its own": ["loss=arcface", "scheduler=cosine"],
+    "a memory, and a miner that draws": ["loss=xbm", "loss.memory_size=200", "miner=distance_weighted"],
+    "a miner's second stage": ["loss=triplet", "miner=scheduled", "miner.start_epoch.late=2"],
+    "a learned distance": ["distance=learned", "loss=bce", "sampling=pairs"],
     "pairs": ["sampling=pairs", "loss=contrastive", "optimizer=sgd", "optimizer.lr=0.01"],
 }
 
@@ -48,12 +51,15 @@ def cut_off(fit, monkeypatch):
     """cut_off(folder, "loss=triplet") -> a run that dies when its third epoch starts."""
 
     def run(folder, *overrides: str) -> None:
+        start = SiameseModule.on_train_epoch_start
+
         def die(module):
             if module.current_epoch == 2:
                 raise RuntimeError("the power went")
+            start(module)
 
         with monkeypatch.context() as patch:
-            patch.setattr(SiameseModule, "on_train_epoch_start", die, raising=False)
+            patch.setattr(SiameseModule, "on_train_epoch_start", die)
             with pytest.raises(RuntimeError, match="the power went"):
                 fit(folder, *overrides, *EPOCHS)
 

@@ -2,14 +2,15 @@
 
 import csv
 import json
+import statistics
 import subprocess
 import sys
 
 import pytest
 
-from scripts import compare
+from scripts import compare, study_losses
 from scripts.benchmark_default import missed
-from siamese.config import ROOT
+from siamese.config import ROOT, available
 
 
 def made_up(folder, choices, seed, **figures):
@@ -78,3 +79,81 @@ def test_benchmark_knows_which_way_a_target_is_missed():
     assert missed([row("test recall_at_1", 0.99, 0.98), row("test eer", 0.02, 0.031), row("command to prompt", 59, 60, "s")]) == []
     late = [row("test recall_at_1", 0.97, 0.98), row("test eer", 0.04, 0.031), row("command to prompt", 61, 60, "s"), row("x", 0, None)]
     assert len(missed(late)) == 3
+
+
+# --- the study of losses and miners
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch):
+    """finished(names, seeds) -> runs of these, made up in tmp_path / "runs"; and the list of all that were made."""
+    made = []
+
+    def run(folder, overrides):
+        made.append((folder.parent.name, folder.name))
+        if folder.parent.name == "loss=circle":
+            raise RuntimeError("loss=circle ended with 1")
+        folder.mkdir(parents=True)
+        value = 0.5 + len(folder.parent.name) / 100 + int(folder.name) / 1000
+        rows = [f"{row}/{figure}" for row in ("val", "raw", "untrained") for figure in study_losses.FIGURES]
+        (folder / "metrics.json").write_text(json.dumps({**dict.fromkeys(rows, value), "seconds/fit": 3.0}))
+        (folder / "peak.json").write_text(json.dumps({"MiB": 700}))
+
+    monkeypatch.setattr(study_losses, "run", run)
+    chosen = {name: [name] for name in ("loss=supcon", "loss=triplet", "loss=circle", "miner=hard")}
+    return lambda seeds: (study_losses.study(tmp_path / "runs", chosen, seeds, 2), made)
+
+
+def test_the_study_runs_what_is_missing_and_goes_on_when_a_run_fails(finished, tmp_path):
+    failed, made = finished([0, 1])
+    assert len(made) == 8
+    assert failed == ["loss=circle ended with 1"] * 2
+    failed, made = finished([0, 1, 2])
+    assert sorted(made[8:]) == [("loss=circle", "0"), ("loss=circle", "1")] + [
+        (name, "2") for name in ("loss=circle", "loss=supcon", "loss=triplet", "miner=hard")
+    ]
+    assert failed == ["loss=circle ended with 1"] * 3
+    found = study_losses.collect(tmp_path / "runs", ["loss=supcon", "loss=triplet", "loss=circle", "miner=hard"])
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "loss=supcon": 3, "raw": 3, "untrained": 3, "loss=triplet": 3, "miner=hard": 3
+    }  # fmt: skip
+
+
+def test_the_page_of_the_study_says_what_its_figures_are(finished, tmp_path):
+    finished([0, 1, 2])
+    found = study_losses.collect(tmp_path / "runs", ["loss=supcon", "loss=triplet", "miner=hard"])
+    (tmp_path / "losses.json").write_text(json.dumps(found))
+    done = subprocess.run(
+        [sys.executable, "scripts/study_losses.py", "--page", "--docs", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "losses.md").read_text()
+    values = [0.5 + len("loss=triplet") / 100 + seed / 1000 for seed in range(3)]
+    assert f"| triplet | {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} |" in page
+    assert page.index("| triplet |") < page.index("| supcon |") < page.index("| hard |"), "best first"
+    assert "2 of 2 losses are within five points" in page
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_study_holds_every_loss_and_miner_and_refuses_what_it_does_not_know(tmp_path):
+    names = {name.partition("=")[2] for name in study_losses.variants() if name.startswith("loss=")}
+    assert names == set(available("loss"))
+    done = subprocess.run(
+        [sys.executable, "scripts/study_losses.py", "--only", "loss=tripplet", "--runs", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: loss=tripplet is not part of the study")
+
+
+def test_the_page_of_the_study_is_what_its_figures_say():
+    found = json.loads((ROOT / "docs" / "losses.json").read_text())
+    names = {f"loss={name}" for name in available("loss")} | {f"miner={name}" for name in available("miner")}
+    assert names <= found.keys()
+    assert all(len(found[name]) == 3 for name in names)
+    assert all(study_losses.table(found, group) in (ROOT / "docs" / "losses.md").read_text() for group in ("loss", "miner"))
+    explained = (ROOT / "docs" / "losses.md").read_text().partition("## Losses")[2]
+    for name in names:
+        assert study_losses.mean(found[name], "map_at_r") > study_losses.mean(found["untrained"], "map_at_r") or f"`{name}`" in explained

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 class Health(Callback):
-    """Warns once when the embeddings collapse, which the loss alone reports as success.
+    """Warns once when the embeddings collapse, and once when the miner finds nothing: the loss alone reports both as success.
 
     Args:
         spread: below this `train/spread` the space counts as collapsed.
@@ -23,7 +23,7 @@ class Health(Callback):
     """
 
     def __init__(self, spread: float = 0.01, patience: int = 50):
-        self.spread, self.patience, self.warned = spread, patience, False
+        self.spread, self.patience, self.warned, self.warned_of_none = spread, patience, False, False
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.accumulate_grad_batches > 1:
@@ -34,6 +34,13 @@ class Health(Callback):
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        if not self.warned_of_none and trainer.global_step >= self.patience and trainer.callback_metrics.get("train/mined_tuples") == 0:
+            self.warned_of_none = True
+            log.warning(
+                "step %d: the miner found no tuples in a batch, which then teaches nothing. Early in a run its margins do not suit "
+                "the embeddings: try miner=none or miner=all; later it means that such batches are solved: raise sampling.classes",
+                trainer.global_step,
+            )
         spread = trainer.callback_metrics.get("train/spread")
         if self.warned or spread is None or trainer.global_step < self.patience or spread >= self.spread:
             return

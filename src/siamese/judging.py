@@ -31,8 +31,9 @@ def judge(model: Bundle, data, test: bool = True) -> dict[str, EvaluationResult]
 
 
 def raw(model: Bundle, input_shape: tuple[int, ...]) -> Bundle:
-    """The inputs themselves as embeddings, under the model's distance."""
-    distance = model.parts["distance"]
+    """The inputs themselves as embeddings, under the model's distance; cosine where that is trained, as nothing has trained it here."""
+    trained = any(True for _ in model.distance.parameters())
+    distance = {"_target_": "pytorch_metric_learning.distances.CosineSimilarity"} if trained else model.parts["distance"]
     parts = {
         "encoder": {"_target_": "siamese.encoders.Flatten", "input_shape": input_shape},
         "distance": distance,

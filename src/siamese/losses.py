@@ -79,6 +79,22 @@ class AngularLoss(pml.AngularLoss):
         return super().compute_loss(embeddings, labels, indices_tuple, ref_emb, ref_labels)
 
 
+class SphereFaceLoss(pml.SphereFaceLoss):
+    """pytorch-metric-learning's SphereFaceLoss (Liu et al. 2017, arXiv:1704.08063) on embeddings of one length, as in its revision
+    SphereFace-R (Liu et al. 2021, arXiv:2109.05565).
+
+    There the logits grow with the length of the embedding: from random weights the margin is violated so far that shrinking
+    all embeddings to 0 lowers the loss most, and nothing else is learned.
+
+    Args:
+        margin: a whole number m; the angle to the own class counts m times.
+        scale: of the logits, in place of the length.
+    """
+
+    def scale_logits(self, logits, embeddings):
+        return logits * self.scale
+
+
 class TupletMarginLoss(pml.TupletMarginLoss):
     """pytorch-metric-learning's TupletMarginLoss (Yu and Tao 2019, doi:10.1109/ICCV.2019.00659) in O(B^2) memory for a batch of B:
 

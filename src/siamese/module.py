@@ -109,7 +109,6 @@ class SiameseModule(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         for miner in self._scheduled():
             miner.set_epoch(self.current_epoch)
-            self.log("train/miner_stage", float(list(miner.starts).index(miner.stage)))
 
     def _scheduled(self) -> list[ScheduledMiner]:
         return [module for module in self.modules() if isinstance(module, ScheduledMiner)]
@@ -129,6 +128,7 @@ class SiameseModule(L.LightningModule):
         filters = [m for m in self.loss.modules() if isinstance(m, ThresholdReducer)]
         for reducer in filters:
             reducer.collect_stats = logged
+            reducer.losses_size = reducer.num_past_filter = 0  # without tuples it is not asked
         # Distances between embeddings in bfloat16 keep two digits: mining and loss stay in single precision.
         with torch.autocast(self.device.type, enabled=False):
             tuples = self.tuples(batch, embeddings)
@@ -137,6 +137,9 @@ class SiameseModule(L.LightningModule):
         if logged and filters:
             counted = sum(reducer.losses_size for reducer in filters)
             figures["train/active_fraction"] = sum(reducer.num_past_filter for reducer in filters) / max(counted, 1)
+        if logged:
+            for miner in self._scheduled():
+                figures["train/miner_stage"] = float(list(miner.starts).index(miner.stage))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs))
         self.log_dict(figures, batch_size=len(inputs))
         return loss
@@ -170,7 +173,8 @@ def health(embeddings: Tensor, labels: Tensor, tuples: tuple[Tensor, ...] | None
     train/mined_tuples: how many triplets, or pairs, reached the loss.
     train/mined_fraction: those as a share of all that the batch's labels allow.
 
-    Samples without labels are in the tuples that somebody has listed: these are then all pairs, and all that is allowed.
+    Samples without labels are in the tuples that somebody has listed: these are then all pairs, and all that is allowed. A batch
+    without positive, or without negative, pairs has no mean of them.
     """
     matrix = distance(embeddings)
     matrix = 1 - matrix if distance.is_inverted else matrix
@@ -183,9 +187,9 @@ def health(embeddings: Tensor, labels: Tensor, tuples: tuple[Tensor, ...] | None
     if tuples is not None and (labels < 0).any():
         other, negative = tuples[2:] if len(tuples) == 4 else tuples[::2]
         near, far, possible = matrix[tuples[0], tuples[1]], matrix[other, negative], mined
+    means = {f"train/{kind}_distance": pairs.mean().item() for kind, pairs in (("positive", near), ("negative", far)) if len(pairs)}
     return {
-        "train/positive_distance": near.mean().item(),
-        "train/negative_distance": far.mean().item(),
+        **means,
         "train/spread": 1 - nn.functional.normalize(embeddings).mean(0).norm().item(),
         "train/mined_tuples": float(mined),
         "train/mined_fraction": mined / max(possible, 1),

@@ -1,6 +1,7 @@
 """What a run leaves behind: figures, results, where it came from, and the table at the end."""
 
 import csv
+import hashlib
 import json
 import os
 import platform
@@ -41,6 +42,11 @@ def write(directory: Path, results: dict[str, EvaluationResult], seconds: dict[s
     EvaluationResult.save(results, directory / "results.npz")
     write_json(directory / "metrics.json", flat)
     return flat
+
+
+def fingerprint(path: str | Path) -> str:
+    """16 hex digits that change when the file does."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def provenance(repository: Path, fingerprints: dict[str, str]) -> dict:

@@ -1,0 +1,59 @@
+"""Koch's network of 2015 on Omniglot's twenty official one-shot runs, beside the paper's figure and a public re-implementation's.
+
+    python scripts/benchmark_koch.py --full --json docs/koch.json    # trains for hours on a CPU
+    python scripts/benchmark_koch.py --run logs/train/runs/<stamp> --json docs/koch.json   # a run of experiment=koch that is finished
+    python scripts/benchmark_koch.py --check                         # minutes: does it learn at all, on five alphabets, on validation
+
+`docs/koch.json` is what README.md shows (scripts/readme.py).
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from benchmark_default import missed, row, run
+
+# Koch, Zemel and Salakhutdinov 2015: 150,000 pairs of 30 alphabets, affine distortions; and one of the re-implementations on GitHub.
+PAPER, REIMPLEMENTED = 92.0, 75.5
+
+
+def official(figures: dict[str, float]) -> list[dict]:
+    return [
+        row("koch official one-shot accuracy", 100 - figures["test/omniglot_error"], unit="%"),
+        row("koch untrained official one-shot accuracy", 100 - figures["untrained/omniglot_error"], unit="%"),
+        row("koch paper official one-shot accuracy", PAPER, unit="%"),
+        row("koch re-implementation official one-shot accuracy", REIMPLEMENTED, unit="%"),
+        row("koch test oneshot_20way", figures["test/oneshot_20way"]),
+        row("koch seconds of training", figures["seconds/fit"], unit="s"),
+    ]
+
+
+def quick() -> list[dict]:
+    figures, seconds = run("experiment=koch", "dataset.background=small1", "test=false", "trainer.max_epochs=3")
+    return [
+        row("koch small1 val oneshot_20way", figures["val/oneshot_20way"], figures["untrained/oneshot_20way"] + 0.05),
+        row("koch small1 command to prompt", seconds, 480.0, "s"),
+    ]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--check", action="store_true", help="exit code 1 when a target is missed")
+    parser.add_argument("--full", action="store_true", help="train on all of the background set: hours on a CPU")
+    parser.add_argument("--run", type=Path, metavar="DIR", help="read this finished run of experiment=koch instead of training one")
+    arguments = parser.parse_args()
+    if arguments.run and not (arguments.run / "metrics.json").is_file():
+        sys.exit(f"error: {arguments.run} holds no metrics.json: give the directory of a finished run")
+    if arguments.run:
+        rows = official(json.loads((arguments.run / "metrics.json").read_text()))
+    else:
+        rows = official(run("experiment=koch")[0]) if arguments.full else quick()
+    if arguments.json:
+        from siamese.record import write_json
+
+        write_json(Path(arguments.json), rows)
+    for line in (failures := missed(rows)):
+        print(line, file=sys.stderr)
+    sys.exit(1 if arguments.check and failures else 0)
