@@ -32,6 +32,7 @@ def train(config: dict) -> dict[str, float]:
     from siamese.bundle import Bundle, load_checkpoint
     from siamese.data.module import SiameseData
     from siamese.evaluation import FIGURES
+    from siamese.losses import CrossBatchMemory
     from siamese.module import SiameseModule
 
     log = logging.getLogger("train")
@@ -59,8 +60,10 @@ def train(config: dict) -> dict[str, float]:
         miner = None
     sizes = {"num_classes": classes, "embedding_size": model.encoder.embedding_size}
     loss = build(config, "loss", distance=model.distance, miner=miner, **sizes)
-    if getattr(loss, "miner", None) is not None:  # a cross-batch memory lets it choose among the memory's tuples
-        miner = None
+    if isinstance(loss, CrossBatchMemory):
+        miner = None  # it lets the miner choose among the memory's tuples
+        if (size := len(next(iter(data.train_dataloader().sampler)))) > loss.memory_size:
+            raise InputError(f"loss.memory_size={loss.memory_size} does not hold a batch of {size}: raise it, best to several batches")
     if config["ckpt"]:
         with as_input_error("ckpt"):
             saved = load_checkpoint(config["ckpt"])

@@ -67,7 +67,9 @@ def study(runs: Path, chosen: dict[str, list[str]], seeds: list[int], jobs: int)
     """Run what is missing, `jobs` at a time, with a progress bar; gives back what failed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    todo = [(runs / name / str(seed), [*overrides, f"seed={seed}"]) for seed in seeds for name, overrides in chosen.items()]
+    todo = [
+        (runs / name.replace("=", "-") / str(seed), [*overrides, f"seed={seed}"]) for seed in seeds for name, overrides in chosen.items()
+    ]
     missing = [(folder, overrides) for folder, overrides in todo if not (folder / "peak.json").is_file()]
     failed: list[str] = []
     stop = threading.Event()
@@ -97,7 +99,9 @@ def collect(runs: Path, names: list[str]) -> dict[str, list[dict[str, float]]]:
     """Name -> figures of each finished seed; `raw` and `untrained` stand beside the losses."""
     found: dict[str, list[dict[str, float]]] = {}
     for name in names:
-        for folder in sorted((path for path in (runs / name).glob("*") if (path / "peak.json").is_file()), key=lambda path: int(path.name)):
+        for folder in sorted(
+            (path for path in (runs / name.replace("=", "-")).glob("*") if (path / "peak.json").is_file()), key=lambda path: int(path.name)
+        ):
             metrics = json.loads((folder / "metrics.json").read_text())
             peak = json.loads((folder / "peak.json").read_text())["MiB"]
             trained = {figure: metrics[f"val/{figure}"] for figure in FIGURES} | {"seconds": metrics["seconds/fit"], "MiB": peak}

@@ -417,7 +417,7 @@ def test_arcface_on_normalised_euclidean_keeps_its_own_cosine(assembled):
 def test_arcface_knows_the_classes_and_the_width_of_the_embedding(assembled):
     parts = assembled("loss=arcface", "encoder.embedding_size=24")
     assert tuple(parts["loss"].W.shape) == (24, 32)
-    assert parts["rates"] == {"loss": 0.03}
+    assert parts["rates"] == {"loss": 0.3}
 
 
 def test_the_rates_of_the_encoders_parts_come_from_the_optimizers_yaml(assembled):

@@ -57,7 +57,13 @@ def shortened(command: str) -> list[str] | None:
         small = ["dataset.background=small1"] if any("omniglot" in word for word in words) else []
         kept = [word for word in words if not word.startswith("trainer.max_epochs")]
         kept = [word.replace("glob(*)", "glob(a*)") for word in kept]
-        return [*kept, *FEW_STEPS, "test=false", *small, *(["sampling.classes=16"] if small else [])]
+        return [
+            *kept,
+            *FEW_STEPS,
+            "test=false",
+            *small,
+            *((["sampling.batch_size=8"] if "sampling=pairs" in words else ["sampling.classes=16"]) if small else []),
+        ]
     return words
 
 

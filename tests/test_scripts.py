@@ -91,7 +91,7 @@ def finished(tmp_path, monkeypatch):
 
     def run(folder, overrides):
         made.append((folder.parent.name, folder.name))
-        if folder.parent.name == "loss=circle":
+        if folder.parent.name == "loss-circle":
             raise RuntimeError("loss=circle ended with 1")
         folder.mkdir(parents=True)
         value = 0.5 + len(folder.parent.name) / 100 + int(folder.name) / 1000
@@ -109,8 +109,8 @@ def test_the_study_runs_what_is_missing_and_goes_on_when_a_run_fails(finished, t
     assert len(made) == 8
     assert failed == ["loss=circle ended with 1"] * 2
     failed, made = finished([0, 1, 2])
-    assert sorted(made[8:]) == [("loss=circle", "0"), ("loss=circle", "1")] + [
-        (name, "2") for name in ("loss=circle", "loss=supcon", "loss=triplet", "miner=hard")
+    assert sorted(made[8:]) == [("loss-circle", "0"), ("loss-circle", "1")] + [
+        (name, "2") for name in ("loss-circle", "loss-supcon", "loss-triplet", "miner-hard")
     ]
     assert failed == ["loss=circle ended with 1"] * 3
     found = study_losses.collect(tmp_path / "runs", ["loss=supcon", "loss=triplet", "loss=circle", "miner=hard"])
