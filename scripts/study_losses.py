@@ -63,13 +63,15 @@ def run(folder: Path, overrides: list[str]) -> None:
     log.unlink()
 
 
+def place(runs: Path, name: str, seed: int | str) -> Path:
+    return runs / name.replace("=", "-") / str(seed)  # the equals sign would have to be quoted in an override
+
+
 def study(runs: Path, chosen: dict[str, list[str]], seeds: list[int], jobs: int) -> list[str]:
     """Run what is missing, `jobs` at a time, with a progress bar; gives back what failed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    todo = [
-        (runs / name.replace("=", "-") / str(seed), [*overrides, f"seed={seed}"]) for seed in seeds for name, overrides in chosen.items()
-    ]
+    todo = [(place(runs, name, seed), [*overrides, f"seed={seed}"]) for seed in seeds for name, overrides in chosen.items()]
     missing = [(folder, overrides) for folder, overrides in todo if not (folder / "peak.json").is_file()]
     failed: list[str] = []
     stop = threading.Event()
@@ -99,9 +101,8 @@ def collect(runs: Path, names: list[str]) -> dict[str, list[dict[str, float]]]:
     """Name -> figures of each finished seed; `raw` and `untrained` stand beside the losses."""
     found: dict[str, list[dict[str, float]]] = {}
     for name in names:
-        for folder in sorted(
-            (path for path in (runs / name.replace("=", "-")).glob("*") if (path / "peak.json").is_file()), key=lambda path: int(path.name)
-        ):
+        finished = [file.parent for file in place(runs, name, "*").parent.glob("*/peak.json")]
+        for folder in sorted(finished, key=lambda path: int(path.name)):
             metrics = json.loads((folder / "metrics.json").read_text())
             peak = json.loads((folder / "peak.json").read_text())["MiB"]
             trained = {figure: metrics[f"val/{figure}"] for figure in FIGURES} | {"seconds": metrics["seconds/fit"], "MiB": peak}
