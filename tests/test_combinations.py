@@ -14,6 +14,7 @@ from siamese.config import InputError, available, build, compose, partial, rates
 from siamese.data.glyphs import Glyphs
 from siamese.data.samples import Samples
 from siamese.distances import scores
+from siamese.losses import CrossBatchMemory
 from siamese.module import SiameseModule
 
 LOSSES, MINERS, SAMPLINGS = available("loss"), available("miner"), ("balanced", "pairs", "triplets")
@@ -117,11 +118,12 @@ def test_a_loss_that_weighs_all_pairs_itself_takes_no_miner():
 
 
 WRAPPED = {"angular", "circle", "contrastive", "lifted_structure", "margin", "multi_similarity", "nca", "ntxent", "supcon", "triplet"}
+WRAPPED |= {"tuplet_margin", "bce"}
 
 
 def test_a_memory_goes_around_the_losses_that_pytorch_metric_learning_says_and_no_other():
     for loss in sorted(set(LOSSES) - {"xbm", "sum", "threshold_consistent"}):
-        if loss in WRAPPED | {"tuplet_margin", "bce"}:
+        if loss in WRAPPED:
             assert composed("loss=xbm", f"loss@loss.loss={loss}")["loss"]["loss"]
         else:
             with pytest.raises(InputError, match=f"loss=xbm does not go around loss={loss}: use") as error:
@@ -153,7 +155,7 @@ def letters() -> Samples:
     return Samples(samples.inputs[few], samples.labels[few], samples.class_names[:40], ids)
 
 
-def assembled(letters: Samples, loss: str, sampling: str, distance: str, miner: str, **more) -> tuple[SiameseModule, list]:
+def assembled(letters: Samples, loss: str, sampling: str, distance: str, miner: str) -> tuple[SiameseModule, list]:
     """What train.py builds of a configuration, with a small encoder, and the batches of its first epoch."""
     config = {
         **composed(f"loss={loss}", f"distance={distance}"),
@@ -166,7 +168,10 @@ def assembled(letters: Samples, loss: str, sampling: str, distance: str, miner: 
     )
     chosen = build(config, "miner", distance=model.distance)
     assert (chosen is None) == (miner == "none")
-    objective = build(config, "loss", num_classes=40, embedding_size=16, distance=model.distance, **more)
+    objective = build(config, "loss", num_classes=40, embedding_size=16, distance=model.distance, miner=chosen)
+    if isinstance(objective, CrossBatchMemory):
+        assert objective.miner is chosen
+        chosen = None
     sizes = {"balanced": ["sampling.classes=16"], "pairs": ["loss=contrastive"], "triplets": []}[sampling]
     loader = partial(composed(f"sampling={sampling}", *sizes), "sampling")(samples=letters, seed=0)
     module = SiameseModule(model, objective, chosen, optimizer=partial(config, "optimizer"), rates=rates(config))
@@ -201,6 +206,15 @@ def test_every_loss_trains_with_every_miner(letters, loss, distance):
         assert all(math.isfinite(value) and math.isfinite(norm) for value, norm in seen), f"miner={miner}: {seen}"
         if (loss, miner) not in SOLVED:
             assert any(norm > 0 for _, norm in seen), f"miner={miner}: no gradient in {seen}"
+
+
+@pytest.mark.parametrize("wrapped", sorted(WRAPPED))
+def test_a_memory_trains_around_every_loss_that_it_takes_with_every_kind_of_miner(letters, wrapped):
+    for miner in ("none", "semihard", "multi_similarity", "distance_weighted", "scheduled"):
+        module, batches = assembled(letters, f"xbm loss@loss.loss={wrapped}", "balanced", "cosine", miner)
+        seen = trained(module, batches, 3)
+        assert all(math.isfinite(value) and math.isfinite(norm) for value, norm in seen), f"miner={miner}: {seen}"
+        assert any(norm > 0 for _, norm in seen), f"miner={miner}: no gradient in {seen}"
 
 
 @pytest.mark.parametrize(("loss", "sampling", "distance"), ALLOWED)
