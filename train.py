@@ -15,7 +15,7 @@ A run's directory, logs/train/runs/<stamp>/, holds metrics.json, results.npz, ch
 
 import sys
 
-from siamese.config import ROOT, InputError, as_input_error, build, bundle_arguments, construct, launch, partial, rates
+from siamese.config import ROOT, InputError, as_input_error, build, bundle_arguments, construct, first_difference, launch, partial, rates
 
 
 def train(config: dict) -> dict[str, float]:
@@ -39,6 +39,8 @@ def train(config: dict) -> dict[str, float]:
     out, choices = Path(config["paths"]["output_dir"]), config["choices"]
     if config["optimized_metric"] not in [f"val/{name}" for name in FIGURES]:
         raise InputError(f"optimized_metric={config['optimized_metric']} is not computed: take one of val/{', val/'.join(FIGURES)}")
+    if not 0 <= config["seed"] < 2**32:
+        raise InputError(f"seed={config['seed']} must be a whole number from 0 to {2**32 - 1}")
     L.seed_everything(config["seed"], verbose=False)  # the weights; batches and augmentation have generators of their own
 
     # Data, model, loss: what the configuration got wrong comes to light here, before anything long begins.
@@ -62,8 +64,12 @@ def train(config: dict) -> dict[str, float]:
     loss = build(config, "loss", distance=model.distance, miner=miner, **sizes)
     if isinstance(loss, CrossBatchMemory):
         miner = None  # it lets the miner choose among the memory's tuples
-        if (size := len(next(iter(data.train_dataloader().sampler)))) > loss.memory_size:
-            raise InputError(f"loss.memory_size={loss.memory_size} does not hold a batch of {size}: raise it, best to several batches")
+    first = next(iter(data.train_dataloader()))
+    for memory in (part for part in loss.modules() if isinstance(part, CrossBatchMemory)):
+        if len(first.inputs) > memory.memory_size:
+            raise InputError(
+                f"loss.memory_size={memory.memory_size} does not hold a batch of {len(first.inputs)}: raise it, best to several batches"
+            )
     if config["ckpt"]:
         with as_input_error("ckpt"):
             saved = load_checkpoint(config["ckpt"])
@@ -75,8 +81,18 @@ def train(config: dict) -> dict[str, float]:
                         f"{config['ckpt']} was trained with {group}={saved['config']['choices'][group]}, this command says "
                         f"{group}={choices[group]}: resume with the same, or take its weights only (init_from=)"
                     )
-            if saved["config"]["optimizer"].get("lr_factors") != config["optimizer"].get("lr_factors"):
-                raise ValueError(f"{config['ckpt']} was trained with other optimizer.lr_factors than this command says")
+            compared = [(group, saved["config"][group], config[group]) for group in ("loss", "optimizer", "scheduler")]
+            compared.append(("encoder.lr", saved["config"]["encoder"].get("lr"), config["encoder"].get("lr")))
+            if choices["scheduler"] != "none":
+                compared.append(("trainer.max_epochs", saved["config"]["trainer"]["max_epochs"], config["trainer"]["max_epochs"]))
+            for name, old, new in compared:
+                if difference := first_difference(old, new, name):
+                    key, old, new = difference
+                    why = "its schedule was made for that" if key == "trainer.max_epochs" else "a resumed run keeps the old value"
+                    raise ValueError(
+                        f"{config['ckpt']} was trained with {key}={old}, this command says {new}: {why}. Say {key}={old}, "
+                        "or take its weights only (init_from=)"
+                    )
             if ("ema" in saved["config"]["callbacks"]) != ("ema" in config["callbacks"]):
                 state = "without" if "ema" in config["callbacks"] else "with"
                 raise ValueError(f"{config['ckpt']} was trained {state} callbacks=ema: resume it {state}, or take its weights (init_from=)")
@@ -100,6 +116,8 @@ def train(config: dict) -> dict[str, float]:
         seed=config["seed"],
         config=config,
     )
+    with as_input_error(f"loss={choices['loss']} with miner={choices['miner']}"):
+        module.rehearse(first)
     with as_input_error("optimizer"):
         optimizer = module.grouped_optimizer()
     if module.make_scheduler is not None:
@@ -198,6 +216,8 @@ def make_trainer(config: dict, provenance: dict, encoder):
     node = config["trainer"]
     if node["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise InputError(f"trainer.accelerator={node['accelerator']}: this machine has no GPU that torch can use. Say trainer=cpu")
+    if str(node.get("precision")) in ("bf16-true", "16-true", "64-true", "64"):
+        raise InputError(f"trainer.precision={node['precision']}: weights are kept in 32 bits here. Say bf16-mixed, 16-mixed or 32-true")
     if node.get("precision") == "auto":
         cpu = torch.cpu.get_capabilities()
         bf16 = torch.cuda.is_bf16_supported() if node["accelerator"] in ("gpu", "cuda") else cpu.get("avx512_bf16") or cpu.get("amx_bf16")

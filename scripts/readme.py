@@ -62,7 +62,14 @@ def figures() -> str:
     for prefix, label in (("raw", "raw input"), ("untrained", "untrained encoder"), ("test", "**trained**")):
         cells = [f"{values[f'glyphs {prefix} {name}']:.3f}" for name in shown]
         rows.append(f"| {label} | {' | '.join(cells)} |")
-    rows += ["", f"{values['glyphs command to prompt']:.0f} seconds from command to prompt on two CPU cores."]
+    koch = {row["name"]: row["value"] for row in json.loads((ROOT / "docs" / "koch.json").read_text())}
+    ours, paper, other = (f"{koch[f'koch {whose}official one-shot accuracy']:.1f} %" for whose in ("", "paper ", "re-implementation "))
+    rows += [
+        "",
+        f"{values['glyphs command to prompt']:.0f} seconds from command to prompt on two CPU cores. Koch's network of 2015, "
+        f"`experiment=koch`, after {koch['koch pairs seen']:,.0f} pairs:",
+        f"{ours} of Omniglot's official one-shot questions; the paper {paper}, with more data; a public re-implementation {other}.",
+    ]
     return "\n".join(rows)
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from siamese.config import InputError
+from siamese import judging
+from siamese.config import InputError, compose
 
 # What the check before the run finds: nothing heavy is imported, nothing written. (arguments, what the lines must hold)
 AT_ONCE = [
@@ -187,3 +188,73 @@ def test_a_missing_test_split_is_named_before_training_starts(command, tiny, dra
     done = command("train.py", *tiny, f"dataset.path={tmp_path}/data", f"paths.output_dir={tmp_path}/run")
     lines_of_error(done, "images_evaluation.zip", "scripts/download.py omniglot")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+# The same check, in this process: (overrides, what the one or two lines must hold)
+CHECKED = [
+    ("loss=sum loss@loss.losses.secnd=supcon", ["loss@loss.losses.secnd", "did you mean loss@loss.losses.second"]),
+    ("miner@miner.stages.late=hard", ["miner has no choice within it", "say miner=scheduled too"]),
+    ("loss=xbm loss.loss=triplet", ["loss.loss=triplet", "say loss@loss.loss=triplet"]),
+    ("loss=xbm loss@loss.loss=tripplet", ["tripplet", "did you mean triplet"]),
+    ("loss=xbm loss.loss.neg_margin=abc", ["loss.loss.neg_margin=abc", "a number"]),
+    ("loss=sum +loss@loss.losses.third=bce", ["first, second, third", "say +loss.weights.third=1.0"]),
+    ("loss=sum +loss.weights.third=0.1", ["there is no loss.losses.third"]),
+    ("loss=", ["loss= names nothing", "supcon"]),
+    ("miner=[semihard]", ["miner is one choice, not a list"]),
+    ("callbacks=ema,freeze", ["callbacks=[ema,freeze]", "-m"]),
+    ("distance.name=learned", ["say distance=learned"]),
+    ("distance=euclidean +distance.p=1 loss=arcface", ["loss=arcface is not defined for distance=euclidean"]),
+    ("miner=scheduled miner.start_epoch=5", ["miner.start_epoch=5", "miner.start_epoch.early=0"]),
+    ("loss=triplet loss.margin=null", ["loss.margin=null", "a number"]),
+    ("loss=triplet loss.margin=nan", ["loss.margin=nan", "a number"]),
+    ("trainer.max_epochs=null", ["trainer.max_epochs=null", "a whole number"]),
+    ("+foo.bar=1", ["foo is not a key"]),
+    ("+sed=1", ["sed is not a key", "did you mean seed"]),
+    ("ckpt=5", ["ckpt=5", "no such file"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), CHECKED, ids=[overrides for overrides, _ in CHECKED])
+def test_the_check_names_what_is_wrong_and_the_remedy(overrides, parts):
+    with pytest.raises(InputError) as error:
+        compose(overrides.split())
+    assert str(error.value).count("\n") <= 1
+    for part in parts:
+        assert part in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "overrides", ["encoder=timm encoder.embedding_size=null", "loss=arcface loss.lr=null", "+trainer.max_time=00:00:01:00"]
+)
+def test_what_may_be_null_or_is_new_within_a_group_is_let_through(overrides):
+    compose(overrides.split())
+
+
+def test_a_sweep_over_choices_that_do_not_exist_is_refused(python, tmp_path):
+    lines_of_error(python("train.py", "-m", "loss=glob(zz*)", f"hydra.sweep.dir={tmp_path}/sweep"), "loss=glob(zz*)", "supcon")
+    assert list(tmp_path.iterdir()) == []
+
+
+REHEARSED = [
+    ("loss=ntxent loss.temperature=0", ["loss=ntxent with miner=none: ZeroDivisionError"]),
+    ("loss=n_pairs loss.temperature=0", ["loss=n_pairs with miner=none: on random embeddings it is nan"]),
+    ("miner=uniform_histogram miner.num_bins=0", ["loss=supcon with miner=uniform_histogram: "]),
+    ("loss=xbm loss.memory_size=100", ["loss.memory_size=100 does not hold a batch of 128"]),
+    ("loss=sum loss@loss.losses.second=xbm loss.losses.second.memory_size=9", ["memory_size=9 does not hold a batch of 128"]),
+    ("seed=-1", ["seed=-1", "from 0 to 4294967295"]),
+    ("trainer.precision=bf16-true", ["trainer.precision=bf16-true", "bf16-mixed"]),
+    ("optimizer.lr_factors=0.1", ["optimizer: lr_factors=0.1", "lr_factors={backbone:0.1}"]),
+    ("callbacks=freeze callbacks.freeze.parts=layers", ["callbacks.freeze", "all of the encoder"]),
+    ("callbacks=freeze callbacks.freeze.parts=[layers.0] callbacks.freeze.until_epoch=0", ["until_epoch=0", "a whole number from 1"]),
+    ("sampling=pairs loss=bce sampling.batch_size=2", ["sampling.batch_size=2 must be at least 3 pairs"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), REHEARSED, ids=[overrides for overrides, _ in REHEARSED])
+def test_what_no_check_foresees_comes_to_light_before_anything_long_begins(fit, tmp_path, monkeypatch, overrides, parts):
+    monkeypatch.setattr(judging, "judge", lambda *_: pytest.fail("it was judged already"))
+    with pytest.raises(InputError) as error:
+        fit(tmp_path, *overrides.split())
+    assert str(error.value).count("\n") == 0
+    for part in parts:
+        assert part in str(error.value), str(error.value)

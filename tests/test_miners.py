@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
-from pytorch_metric_learning.losses import CrossBatchMemory, TripletMarginLoss
+from pytorch_metric_learning.losses import ContrastiveLoss, CrossBatchMemory, TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner, TripletMarginMiner
 from torch import Tensor
 
-from siamese import miners
+from siamese import losses, miners
 from siamese.distances import LearnedDistance
 from siamese.miners import NegativePerPairMiner, ScheduledMiner
 
@@ -237,3 +237,16 @@ def test_the_angular_miner_is_pmls_on_unit_vectors_and_does_not_depend_on_their_
     assert triplets(theirs) != triplets(pml_miners.AngularMiner(angle=35)(unit * lengths, labels))
     against = miners.AngularMiner(angle=35)(unit * lengths, labels, 3 * reference, torch.arange(9) % 4)
     assert triplets(against) == triplets(pml_miners.AngularMiner(angle=35)(unit, labels, reference, torch.arange(9) % 4))
+
+
+def test_a_stage_without_a_miner_gives_a_memory_all_its_pairs():
+    schedule = ScheduledMiner({"early": None, "late": TripletMarginMiner()}, {"early": 0, "late": 1})
+    loss = losses.CrossBatchMemory(ContrastiveLoss(), 8, memory_size=30, miner=schedule)
+    plain = losses.CrossBatchMemory(ContrastiveLoss(), 8, memory_size=30)
+    for _ in range(3):
+        embeddings, labels = torch.randn(10, 8), torch.arange(10) % 3
+        assert loss(embeddings, labels) == plain(embeddings, labels)
+    assert loss.used == plain.used == 10 * 30 - 10
+    schedule.set_epoch(1)
+    loss(embeddings, labels)
+    assert loss.used > 0

@@ -513,3 +513,25 @@ def test_a_miner_that_draws_draws_by_seed_epoch_and_batch_alone(source):
 
     assert drawn(0, noise=0) == drawn(0, noise=7)
     assert len({*drawn(0, 0), *drawn(1, 0)}) == 8
+
+
+def test_health_counts_the_tuples_that_a_memory_brings(source):
+    module, data, _ = assembled(source, "loss=xbm", "loss.memory_size=640", "miner=hard")
+    seen = Figures()
+    module.miner = None  # the memory has it, as train.py arranges
+    trainer(max_steps=3, limit_val_batches=0, log_every_n_steps=1, callbacks=[seen]).fit(module, data)
+    assert all(step["train/mined_tuples"] < 64 * 63 for step in seen.steps)
+    assert seen.steps[-1]["train/mined_tuples"] == module.loss.used
+    assert "train/mined_fraction" not in seen.steps[-1]
+
+
+def test_a_rehearsal_leaves_no_trace(source):
+    module, data, _ = assembled(source, "loss=xbm", "loss.memory_size=640", "miner=distance_weighted")
+    module.miner, batch = None, next(iter(data.train_dataloader()))
+    state = torch.get_rng_state()
+    before = {name: value.clone() for name, value in module.state_dict().items() if "extra" not in name}
+    module.rehearse(batch)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
+    assert module.loss.queue_idx == 0
+    assert all(p.grad is None for p in module.parameters())

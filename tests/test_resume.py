@@ -144,3 +144,21 @@ def test_a_checkpoint_of_another_run_is_refused_in_a_sentence(fit, tiny_run, tmp
         fit(tmp_path, f"ckpt={path}", *other.split(), *EPOCHS)
     assert path in str(error.value)
     assert str(error.value).count("\n") <= 1
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ("optimizer.lr=0.002", "optimizer.lr=0.004", "optimizer.lr=0.002, this command says 0.004"),
+        ("loss=triplet loss.margin=0.1", "loss=triplet", "loss.margin=0.1"),
+        ("loss=xbm loss.memory_size=200", "loss=xbm loss.memory_size=300", "loss.memory_size=200"),
+        ("loss=sum", "loss=sum loss@loss.losses.second=cosface", "loss.losses.second."),
+        ("trainer.max_epochs=2", "trainer.max_epochs=3", "its schedule was made for that"),
+    ],
+)
+def test_a_value_that_a_resumed_run_would_keep_is_not_silently_another(fit, tmp_path, first, second, said):
+    fit(tmp_path / "first", *first.split(), "test=false")
+    with pytest.raises(InputError) as error:
+        fit(tmp_path / "second", *second.split(), "test=false", f"ckpt={tmp_path}/first/checkpoints/last.ckpt")
+    assert said in str(error.value)
+    assert "init_from=" in str(error.value)

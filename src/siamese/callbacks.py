@@ -91,12 +91,18 @@ class Freeze(Callback):
             batches of other data would spoil them.
 
     Raises:
-        ValueError: the encoder has no such part.
+        ValueError: no parts, one that the encoder has not, or all of it; an `until_epoch` that is not a whole number from 1.
     """
 
     def __init__(self, encoder: nn.Module, parts: list[str] | str, until_epoch: int | None = None, batch_norm: bool = True):
+        if not parts:
+            raise ValueError(f"parts={parts} freezes nothing: name submodules of the encoder, as in [backbone]")
+        if until_epoch is not None and (not isinstance(until_epoch, int) or until_epoch < 1):
+            raise ValueError(f"until_epoch={until_epoch} must be a whole number from 1, or null for good")
         frozen = [part_of(encoder, name) for name in ([parts] if isinstance(parts, str) else parts)]
         self.parameters = [parameter for part in frozen for parameter in part.parameters()]
+        if {*self.parameters} >= {*encoder.parameters()}:
+            raise ValueError(f"parts={parts} are all of the encoder, which leaves nothing to train: name fewer")
         self.norms = [layer for part in frozen for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         self.until_epoch, self.batch_norm = until_epoch, batch_norm
 

@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import logging
+import math
 import os
 import re
 import sys
@@ -41,6 +42,8 @@ NO_ARGUMENTS = {
 }
 # May be a word where the default is a number: devices=auto.
 _ANY_TYPE = ("trainer.devices",)
+# A number by default, and null means something too: no head, the optimizer's rate, no crop.
+_MAY_BE_NULL = re.compile(r"encoder\.embedding_size|(encoder|loss)\.(.*\.)?lr|augmentation\.crop")
 _CHECKED_JOBS = 100
 
 log = logging.getLogger(__name__)
@@ -139,7 +142,12 @@ def preflight(arguments: list[str], config_name: str) -> None:
 
 def _swept(override: Override) -> Iterable[str]:
     values = override.value()
-    return values.filter(available(override.key_or_group)) if isinstance(values, Glob) else override.sweep_string_iterator()
+    if not isinstance(values, Glob):
+        return override.sweep_string_iterator()
+    group = override.key_or_group
+    if not (found := values.filter(available(group))):
+        raise InputError(f"{override.input_line} fits no choice: {group} is one of {', '.join(available(group))}")
+    return found
 
 
 def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config_name: str) -> dict:
@@ -149,14 +157,24 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
     """
     cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
     choices = {group: choice for group, choice in choices.items() if not group.startswith("hydra")}
+    for override in overrides:
+        key, _, value = override.lstrip("+").partition("=")
+        if value.startswith("[") and (CONF / key.partition("@")[0]).is_dir() and key != "callbacks":
+            raise InputError(f"{override}: {key} is one choice, not a list")
+        if key == "distance.name":
+            raise InputError(f"{override}: say distance={value}, the name alone changes nothing")
     if "callbacks" in cfg:  # of a list, callbacks=[ema,early_stopping], Hydra keeps no choice
         choices.setdefault("callbacks", ",".join(cfg.callbacks))
+    for key in choices:
+        path = key.partition("@")[2]
+        if path and isinstance(value := OmegaConf.select(cfg, path), str):
+            raise InputError(f"{path}={value} is a word where a whole choice belongs: say {key}={value}")
     if config_name == "train":
         _check_combination(cfg, choices)
     _check_types(cfg, choices, overrides, config_name)
     config = OmegaConf.to_container(cfg, resolve=True)
     for key, path in (("ckpt", config["ckpt"]), ("init_from", config.get("init_from"))):
-        if path and not Path(path).is_file():
+        if path is not None and not Path(str(path)).is_file():
             raise InputError(f"{key}={path}: there is no such file")
     if config["ckpt"] and config.get("init_from"):
         raise InputError("ckpt= resumes a run with everything, init_from= takes weights only: give one of them")
@@ -171,7 +189,8 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
 
 def on_the_sphere(distance: dict) -> bool:
     """Cosine and normalised Euclidean distance rank alike: for what a loss accepts they are one family, `sphere`."""
-    return distance["name"] == "cosine" or (distance["name"] == "euclidean" and distance["normalize_embeddings"])
+    euclidean = distance["name"] == "euclidean" and distance.get("p", 2) == 2
+    return distance["name"] == "cosine" or (euclidean and distance["normalize_embeddings"])
 
 
 def named(cfg: DictConfig, choices: dict[str, str], group: str) -> Iterator[tuple[str, dict]]:
@@ -195,6 +214,13 @@ def _check_combination(cfg: DictConfig, choices: dict[str, str]) -> None:
     ways_out = {group: [f"loss={loss}" for loss in losses[:3]] for group in ("sampling", "distance")}
     ways_out["sampling"][:0] = [f"sampling={s}" for s in available("sampling") if _all_go_with([row for _, row in rows], s, None)]
     ways_out["distance"][:0] = [f"distance={d}" for d in available("distance") if _all_go_with([row for _, row in rows], None, d)]
+    for said, node in named(cfg, choices, "loss"):
+        names, weights = (list(node.get(key, ())) for key in ("losses", "weights"))
+        if set(names) != set(weights):
+            odd = sorted(set(names) ^ set(weights))[0]
+            path = said.partition("=")[0].rpartition("@")[2]
+            remedy = f"say +{path}.weights.{odd}=1.0 too" if odd in names else f"there is no {path}.losses.{odd}"
+            raise InputError(f"{said} has the losses {', '.join(names)} and weights for {', '.join(weights)}: {remedy}")
     for said, accepts in rows:
         if not _all_go_with([accepts], sampling, None):
             why = "needs the classes of a balanced batch" if accepts["sampling"] == ["balanced"] else "finds no tuples it can use there"
@@ -237,13 +263,21 @@ def _check_types(cfg: DictConfig, choices: dict[str, str], overrides: list[str],
     values = [o for o in overrides if o.partition("=")[0].lstrip("+~") not in choices]
     if not values:
         return
-    shipped = _leaves(_compose([o for o in overrides if o not in values], config_name))
-    for key, value in _leaves(cfg).items():
+    composed = _compose([o for o in overrides if o not in values], config_name)
+    if unknown := sorted(set(cfg) - set(composed)):
+        raise InputError(f"{unknown[0]} is not a key of this configuration: {_near(unknown[0], sorted(composed))}")
+    shipped, given = _leaves(composed), _leaves(cfg)
+    for key in shipped.keys() - given.keys():
+        if lost := [above for above in given if key.startswith(f"{above}.")]:
+            raise InputError(f"{lost[0]}={given[lost[0]]} stands in the place of several values: say {key}={shipped[key]}")
+    for key, value in given.items():
         expected = shipped.get(key)
-        if expected is None or value is None or key in _ANY_TYPE or not isinstance(expected, (bool, int, float)):
+        if key in _ANY_TYPE or not isinstance(expected, (bool, int, float)) or (value is None and _MAY_BE_NULL.fullmatch(key)):
             continue
         wanted, kinds = {bool: ("true or false", bool), int: ("a whole number", int), float: ("a number", (int, float))}[type(expected)]
-        if not isinstance(value, kinds) or (isinstance(value, bool) and not isinstance(expected, bool)):
+        wrong = isinstance(value, bool) != isinstance(expected, bool) or (isinstance(value, float) and not math.isfinite(value))
+        if not isinstance(value, kinds) or wrong:
+            value = "null" if value is None else value
             raise InputError(
                 f"{key}={value} must be {wanted}, as in {key}={str(expected).lower() if isinstance(expected, bool) else expected}"
             )
@@ -278,6 +312,9 @@ def explain(error: Exception, arguments: list[str], config_name: str) -> str:
     text = str(error)
     if isinstance(error, InputError):
         return text
+    if isinstance(error, MissingConfigException) and (error.missing_cfg_file or "").endswith("/"):
+        group = error.missing_cfg_file.rstrip("/")
+        return f"{group}= names nothing: {group} is one of {', '.join(available(group))}"
     if isinstance(error, MissingConfigException) and (missing := error.missing_cfg_file or "") and (CONF / missing).parent != CONF:
         group, _, choice = missing.rpartition("/")
         options = error.options or available(group)  # of a list Hydra names none
@@ -294,10 +331,25 @@ def explain(error: Exception, arguments: list[str], config_name: str) -> str:
     if found := re.search(r"Error parsing override '([^']*)'.*missing EQUAL", text, re.DOTALL):
         return f"{found[1]} is no override: say {found[1]}=VALUE"
     if found := re.search(r"Could not override '([^']+)'", text):
-        return _explain_key(found[1].partition("@")[0], arguments, config_name)
+        return (_explain_choice_within if "@" in found[1] else _explain_key)(found[1], arguments, config_name)
+    if found := re.search(r"Ambiguous value for argument '(([^=']+)=([^']*))'", text):
+        return f"{found[1]}: for all of them at once say '{found[2]}=[{found[3]}]', for one run each say -m"
     if isinstance(error, OSError):
         return f"{error.filename or 'the output directory'} cannot be written: {error.strerror or text}. Say paths.output_dir=DIR"
     return " ".join(line.strip() for line in text.splitlines() if line.strip())[:300]
+
+
+def _explain_choice_within(key: str, arguments: list[str], config_name: str) -> str:
+    """A choice within a choice, `loss@loss.losses.secnd`, that nothing has."""
+    key, group = key.lstrip("+~"), key.lstrip("+~").partition("@")[0]
+    others = [a for a in arguments if not a.startswith("-") and a.lstrip("+~").partition("=")[0] != key and "," not in a]
+    within = []
+    with contextlib.suppress(Exception):
+        within = [choice for choice in _compose(others, config_name).hydra.runtime.choices if choice.startswith(f"{group}@")]
+    if within:
+        return f"{key} is not a choice of this configuration: {_near(key, within)}\nthere are {', '.join(within)}"
+    having = [choice for choice in available(group) if any(f"/{group}@" in str(line) for line in _read(group, choice).get("defaults", []))]
+    return f"{key}: {group} has no choice within it here: say {' or '.join(f'{group}={choice}' for choice in having)} too"
 
 
 def _explain_key(key: str, arguments: list[str], config_name: str) -> str:
@@ -353,6 +405,14 @@ def rates(config: dict) -> dict[str, float]:
     return found
 
 
+def first_difference(one, other, key: str) -> tuple[str, object, object] | None:
+    """The first dotted key under which two plain configurations differ, with both values; None when they are equal."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        parts = [first_difference(one.get(name), other.get(name), f"{key}.{name}") for name in {**one, **other}]
+        return next((part for part in parts if part is not None), None)
+    return None if one == other else (key, one, other)
+
+
 def fitting(node: dict, name: str, offered: dict) -> dict:
     """Those of `offered`, which come by themselves (shapes, counts, objects), that the node's target takes and the node leaves open.
 
@@ -388,6 +448,7 @@ def construct(node: dict, name: str, /, **offered):
         InputError: the target refuses its arguments.
     """
     fits = fitting(node, name, offered)
+    offered.pop("miner", None)  # a memory within a sum is given the sum's tuples
     within = {key: _construct_within(value, f"{name}.{key}", offered) for key, value in node.items() if isinstance(value, dict)}
     plain = {key: value for key, value in node.items() if key not in within}
     with as_input_error(name):

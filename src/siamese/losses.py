@@ -202,7 +202,8 @@ class CrossBatchMemory(pml.CrossBatchMemory):
 
     Differences: where the queue stands is in the state_dict, so that a resumed run goes on with the same losses; tuples given by
     the caller are of the batch, also when the batch does not lie at the start of the memory; in evaluation mode the loss is
-    of the batch alone and the memory stays as it is; and `PairBCELoss` is supported.
+    of the batch alone and the memory stays as it is; `PairBCELoss` is supported; and `used` is how many tuples the last
+    training batch had.
 
     Raises:
         ValueError: a training batch is larger than the memory.
@@ -225,7 +226,9 @@ class CrossBatchMemory(pml.CrossBatchMemory):
             anchors = (0, 2) if len(input_indices_tuple) == 4 else (0,)
             at = self.curr_batch_idx
             input_indices_tuple = tuple(part if i in anchors else at[part] for i, part in enumerate(input_indices_tuple))
-        return super().create_indices_tuple(embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons)
+        tuples = super().create_indices_tuple(embeddings, labels, E_mem, L_mem, input_indices_tuple, do_remove_self_comparisons)
+        self.used = len(tuples[0]) if len(tuples) == 3 else len(tuples[0]) + len(tuples[2])
+        return tuples
 
     def get_extra_state(self):
         return {"queue_idx": self.queue_idx, "has_been_filled": self.has_been_filled}

@@ -5,7 +5,7 @@ import logging
 import torch
 from pytorch_metric_learning import miners
 from pytorch_metric_learning.miners import BaseMiner
-from pytorch_metric_learning.utils.loss_and_miner_utils import get_matches_and_diffs
+from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices, get_matches_and_diffs
 from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
@@ -125,4 +125,6 @@ class ScheduledMiner(nn.Module):
     ) -> tuple[Tensor, ...] | None:
         """float [B, D] and int [B] -> the tuples of the stage's miner, or None."""
         miner = self.miners[self._current]
-        return None if miner is None else miner(embeddings, labels, ref_emb, ref_labels)
+        if miner is None:  # a memory asks for its tuples, a batch alone needs none
+            return None if ref_emb is None else get_all_pairs_indices(labels, ref_labels)
+        return miner(embeddings, labels, ref_emb, ref_labels)

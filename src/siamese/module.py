@@ -1,5 +1,6 @@
 """The LightningModule: one pass of the shared encoder, a miner, a loss, and a look at the health of the space."""
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from siamese.bundle import Bundle
 from siamese.data.samples import Batch
 from siamese.encoders import part_of
 from siamese.evaluation import evaluate
+from siamese.losses import CrossBatchMemory
 from siamese.miners import ScheduledMiner
 
 log = logging.getLogger(__name__)
@@ -65,6 +67,8 @@ class SiameseModule(L.LightningModule):
         Raises:
             ValueError: `lr_factors` names a part that the encoder lacks, or what is no factor.
         """
+        if not isinstance(self.lr_factors, dict):
+            raise ValueError(f"lr_factors={self.lr_factors} must name parts of the encoder, as in 'optimizer.lr_factors={{backbone:0.1}}'")
         factors = {}
         for part, factor in self.lr_factors.items():
             if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 0:
@@ -100,6 +104,24 @@ class SiameseModule(L.LightningModule):
         if batch.tuples is not None or self.miner is None:
             return batch.tuples
         return self.miner(embeddings, batch.labels)
+
+    def rehearse(self, batch: Batch) -> None:
+        """Call miner and loss once on random embeddings: what they cannot compute comes to light before anything long begins.
+
+        Raises:
+            ValueError: the loss, or its gradient, is not finite; whatever miner and loss raise.
+        """
+        loss, miner = copy.deepcopy((self.loss, self.miner))  # a memory stays empty
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            embeddings = torch.randn(len(batch.inputs), self.model.encoder.embedding_size, requires_grad=True)
+            tuples = miner(embeddings, batch.labels) if batch.tuples is None and miner is not None else batch.tuples
+            value = loss(embeddings, batch.labels, tuples)
+        value.backward()
+        if not (value.isfinite() and embeddings.grad.isfinite().all()):
+            raise ValueError(
+                f"on random embeddings it is {value.item()}, or its gradient is not finite: one of its values does not suit it"
+            )
 
     def on_train_start(self) -> None:
         for name, start in ((name, start) for miner in self._scheduled() for name, start in miner.starts.items()):
@@ -138,6 +160,9 @@ class SiameseModule(L.LightningModule):
             counted = sum(reducer.losses_size for reducer in filters)
             figures["train/active_fraction"] = sum(reducer.num_past_filter for reducer in filters) / max(counted, 1)
         if logged:
+            if isinstance(self.loss, CrossBatchMemory):  # what reaches the loss is of the batch and the memory
+                figures.pop("train/mined_fraction")
+                figures["train/mined_tuples"] = float(self.loss.used)
             for miner in self._scheduled():
                 figures["train/miner_stage"] = float(list(miner.starts).index(miner.stage))
         self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs))

@@ -34,7 +34,12 @@ def pairs(samples: Samples, seed: int, batch_size: int = 64, positive_fraction: 
     """Batches of `batch_size` pairs, so twice as many samples; see `PairDataset`.
 
     A `file` lists them instead, see `ListedPairs`: a CSV with the header `left,right,same`, as `listed.read` takes it.
+
+    Raises:
+        ValueError: fewer than 3 pairs a batch; what the data sets refuse.
     """
+    if batch_size < 3:  # to pytorch-metric-learning one positive and one negative pair are no batch: its loss of them is 0
+        raise ValueError(f"sampling.batch_size={batch_size} must be at least 3 pairs: of fewer nothing is learned")
     if file is None:
         dataset = PairDataset(samples, positive_fraction, seed)
     else:
