@@ -7,6 +7,10 @@
     python train.py dataset=omniglot encoder=conv4 loss=triplet miner=semihard
     python train.py sampling=pairs loss=contrastive distance=euclidean
     python train.py sampling=triplets loss=triplet
+    python train.py loss=triplet miner=scheduled miner.start_epoch.late=5    # semi-hard early, hard later
+    python train.py loss=xbm loss@loss.loss=multi_similarity                 # a choice within a choice
+    python train.py distance=learned loss=bce sampling=pairs
+    python train.py callbacks=[early_stopping,ema] scheduler=warmup
     python train.py ckpt=logs/train/runs/<stamp>/checkpoints/last.ckpt   # resume everything
     python train.py init_from=logs/train/runs/<stamp>/checkpoints/best.ckpt  # take only the weights
 
@@ -29,100 +33,18 @@ def train(config: dict) -> dict[str, float]:
     from rich.console import Console
 
     from siamese import judging, record
-    from siamese.bundle import Bundle, load_checkpoint
-    from siamese.data.module import SiameseData
+    from siamese.bundle import Bundle
     from siamese.evaluation import FIGURES
-    from siamese.losses import CrossBatchMemory
-    from siamese.module import SiameseModule
 
     log = logging.getLogger("train")
-    out, choices = Path(config["paths"]["output_dir"]), config["choices"]
+    out = Path(config["paths"]["output_dir"])
     if config["optimized_metric"] not in [f"val/{name}" for name in FIGURES]:
         raise InputError(f"optimized_metric={config['optimized_metric']} is not computed: take one of val/{', val/'.join(FIGURES)}")
     if not 0 <= config["seed"] < 2**32:
         raise InputError(f"seed={config['seed']} must be a whole number from 0 to {2**32 - 1}")
     L.seed_everything(config["seed"], verbose=False)  # the weights; batches and augmentation have generators of their own
 
-    # Data, model, loss: what the configuration got wrong comes to light here, before anything long begins.
-    data = SiameseData(build(config, "dataset"), partial(config, "sampling"), config["seed"])
-    with as_input_error("dataset"):
-        classes, input_shape = len(data.train.class_names), data.input_shape
-        log.info("train on %s, validate on %s", data.train, data.val)
-        if config["test"]:
-            _ = data.test, data.source.oneshot_runs()
-    with as_input_error("sampling"):
-        data.setup()
-    made_of = bundle_arguments(config, input_shape, data.standardization())
-    parts, trust = made_of["parts"], made_of["trust"]
-    with as_input_error("encoder"):
-        model = Bundle(**made_of)
-    miner = build(config, "miner", distance=model.distance)
-    if miner is not None and choices["sampling"] != "balanced":
-        log.info("sampling=%s brings its own tuples: miner=%s is not used", choices["sampling"], choices["miner"])
-        miner = None
-    sizes = {"num_classes": classes, "embedding_size": model.encoder.embedding_size}
-    loss = build(config, "loss", distance=model.distance, miner=miner, **sizes)
-    if isinstance(loss, CrossBatchMemory):
-        miner = None  # it lets the miner choose among the memory's tuples
-    first = next(iter(data.train_dataloader()))
-    for memory in (part for part in loss.modules() if isinstance(part, CrossBatchMemory)):
-        if len(first.inputs) > memory.memory_size:
-            raise InputError(
-                f"loss.memory_size={memory.memory_size} does not hold a batch of {len(first.inputs)}: raise it, best to several batches"
-            )
-    if config["ckpt"]:
-        with as_input_error("ckpt"):
-            saved = load_checkpoint(config["ckpt"])
-            if saved["parts"] != parts:
-                raise ValueError(f"{config['ckpt']} holds another encoder, distance or preprocessing than this command asks for")
-            for group in ("loss", "optimizer", "scheduler"):
-                if saved["config"]["choices"][group] != choices[group]:
-                    raise ValueError(
-                        f"{config['ckpt']} was trained with {group}={saved['config']['choices'][group]}, this command says "
-                        f"{group}={choices[group]}: resume with the same, or take its weights only (init_from=)"
-                    )
-            compared = [(group, saved["config"][group], config[group]) for group in ("loss", "optimizer", "scheduler")]
-            compared.append(("encoder.lr", saved["config"]["encoder"].get("lr"), config["encoder"].get("lr")))
-            if choices["scheduler"] != "none":
-                compared.append(("trainer.max_epochs", saved["config"]["trainer"]["max_epochs"], config["trainer"]["max_epochs"]))
-            for name, old, new in compared:
-                if difference := first_difference(old, new, name):
-                    key, old, new = difference
-                    why = "its schedule was made for that" if key == "trainer.max_epochs" else "a resumed run keeps the old value"
-                    raise ValueError(
-                        f"{config['ckpt']} was trained with {key}={old}, this command says {new}: {why}. Say {key}={old}, "
-                        "or take its weights only (init_from=)"
-                    )
-            if ("ema" in saved["config"]["callbacks"]) != ("ema" in config["callbacks"]):
-                state = "without" if "ema" in config["callbacks"] else "with"
-                raise ValueError(f"{config['ckpt']} was trained {state} callbacks=ema: resume it {state}, or take its weights (init_from=)")
-    if config["init_from"]:
-        with as_input_error("init_from"):
-            other = Bundle.load(config["init_from"], trust=trust)
-            if other.parts["encoder"] != parts["encoder"]:
-                raise ValueError(f"{config['init_from']} holds another encoder than this command asks for: {other.parts['encoder']}")
-            model.encoder.load_state_dict(other.encoder.state_dict())
-            if other.parts["distance"] == parts["distance"]:
-                model.distance.load_state_dict(other.distance.state_dict())
-    module = SiameseModule(
-        model,
-        loss,
-        miner,
-        augmentation=build(config, "augmentation"),
-        optimizer=partial(config, "optimizer"),
-        scheduler=partial(config, "scheduler"),
-        rates=rates(config),
-        lr_factors=config["optimizer"].get("lr_factors"),
-        seed=config["seed"],
-        config=config,
-    )
-    with as_input_error(f"loss={choices['loss']} with miner={choices['miner']}"):
-        module.rehearse(first)
-    with as_input_error("optimizer"):
-        optimizer = module.grouped_optimizer()
-    if module.make_scheduler is not None:
-        with as_input_error("scheduler"):
-            module.scheduled(optimizer, steps=100)  # of a length that does not matter, to see that its values are fine
+    data, module, trust = assemble(config)
     splits = ("train", "val", "test") if config["test"] else ("train", "val")
     fingerprints = {split: getattr(data, split).fingerprint() for split in splits}
     if config["sampling"].get("file"):
@@ -132,11 +54,11 @@ def train(config: dict) -> dict[str, float]:
 
     seconds, crashed = {"fit": 0.0, "evaluate": 0.0}, True
     try:
-        trainer, wandb_logger = make_trainer(config, provenance, model.encoder)
+        trainer, wandb_logger = make_trainer(config, provenance, module.model.encoder)
         started = time.perf_counter()
         untrained = {
-            **judging.last_as("raw", judging.judge(judging.raw(model, input_shape), data, config["test"])),
-            **judging.last_as("untrained", judging.judge(model, data, config["test"])),
+            **judging.last_as("raw", judging.judge(judging.raw(module.model, data.input_shape), data, config["test"])),
+            **judging.last_as("untrained", judging.judge(module.model, data, config["test"])),
         }
         seconds["evaluate"] += time.perf_counter() - started
 
@@ -165,6 +87,110 @@ def train(config: dict) -> dict[str, float]:
     console.print(record.table(results))
     log.info("figures, checkpoints and the bundle are in %s", os.path.relpath(out))
     return metrics
+
+
+def assemble(config: dict):
+    """Data, model and loss, and the packages trusted: what the configuration got wrong comes to light here, before anything long begins."""
+    import logging
+
+    from siamese.bundle import Bundle
+    from siamese.data.module import SiameseData
+    from siamese.losses import CrossBatchMemory
+    from siamese.module import SiameseModule
+
+    log, choices = logging.getLogger("train"), config["choices"]
+    data = SiameseData(build(config, "dataset"), partial(config, "sampling"), config["seed"])
+    with as_input_error("dataset"):
+        classes, input_shape = len(data.train.class_names), data.input_shape
+        log.info("train on %s, validate on %s", data.train, data.val)
+        if config["test"]:
+            _ = data.test, data.source.oneshot_runs()
+    with as_input_error("sampling"):
+        data.setup()
+    made_of = bundle_arguments(config, input_shape, data.standardization())
+    parts, trust = made_of["parts"], made_of["trust"]
+    with as_input_error("encoder"):
+        model = Bundle(**made_of)
+    miner = build(config, "miner", distance=model.distance)
+    if miner is not None and choices["sampling"] != "balanced":
+        log.info("sampling=%s brings its own tuples: miner=%s is not used", choices["sampling"], choices["miner"])
+        miner = None
+    sizes = {"num_classes": classes, "embedding_size": model.encoder.embedding_size}
+    loss = build(config, "loss", distance=model.distance, miner=miner, **sizes)
+    if isinstance(loss, CrossBatchMemory):
+        miner = None  # it lets the miner choose among the memory's tuples
+    first = next(iter(data.train_dataloader()))
+    for memory in (part for part in loss.modules() if isinstance(part, CrossBatchMemory)):
+        if len(first.inputs) > memory.memory_size:
+            raise InputError(
+                f"loss.memory_size={memory.memory_size} does not hold a batch of {len(first.inputs)}: raise it, best to several batches"
+            )
+    if config["ckpt"]:
+        with as_input_error("ckpt"):
+            check_resumable(config, parts)
+    if config["init_from"]:
+        with as_input_error("init_from"):
+            other = Bundle.load(config["init_from"], trust=trust)
+            if other.parts["encoder"] != parts["encoder"]:
+                raise ValueError(f"{config['init_from']} holds another encoder than this command asks for: {other.parts['encoder']}")
+            model.encoder.load_state_dict(other.encoder.state_dict())
+            if other.parts["distance"] == parts["distance"]:
+                model.distance.load_state_dict(other.distance.state_dict())
+    module = SiameseModule(
+        model,
+        loss,
+        miner,
+        augmentation=build(config, "augmentation"),
+        optimizer=partial(config, "optimizer"),
+        scheduler=partial(config, "scheduler"),
+        rates=rates(config),
+        lr_factors=config["optimizer"].get("lr_factors"),
+        seed=config["seed"],
+        config=config,
+    )
+    with as_input_error(f"loss={choices['loss']} with miner={choices['miner']}"):
+        module.rehearse(first)
+    with as_input_error("optimizer"):
+        optimizer = module.grouped_optimizer()
+    if module.make_scheduler is not None:
+        with as_input_error("scheduler"):
+            module.scheduled(optimizer, steps=100)  # of a length that does not matter, to see that its values are fine
+    return data, module, trust
+
+
+def check_resumable(config: dict, parts: dict) -> None:
+    """Refuse to resume another run than this one: what a checkpoint restores must be what the command says.
+
+    Raises:
+        FileNotFoundError, ValueError: in a sentence, what differs.
+    """
+    from siamese.bundle import load_checkpoint
+
+    choices = config["choices"]
+    saved = load_checkpoint(config["ckpt"])
+    if saved["parts"] != parts:
+        raise ValueError(f"{config['ckpt']} holds another encoder, distance or preprocessing than this command asks for")
+    for group in ("loss", "optimizer", "scheduler"):
+        if saved["config"]["choices"][group] != choices[group]:
+            raise ValueError(
+                f"{config['ckpt']} was trained with {group}={saved['config']['choices'][group]}, this command says "
+                f"{group}={choices[group]}: resume with the same, or take its weights only (init_from=)"
+            )
+    compared = [(group, saved["config"][group], config[group]) for group in ("loss", "optimizer", "scheduler")]
+    compared.append(("encoder.lr", saved["config"]["encoder"].get("lr"), config["encoder"].get("lr")))
+    if choices["scheduler"] != "none":
+        compared.append(("trainer.max_epochs", saved["config"]["trainer"]["max_epochs"], config["trainer"]["max_epochs"]))
+    for name, old, new in compared:
+        if difference := first_difference(old, new, name):
+            key, old, new = difference
+            why = "its schedule was made for that" if key == "trainer.max_epochs" else "a resumed run keeps the old value"
+            raise ValueError(
+                f"{config['ckpt']} was trained with {key}={old}, this command says {new}: {why}. Say {key}={old}, "
+                "or take its weights only (init_from=)"
+            )
+    if ("ema" in saved["config"]["callbacks"]) != ("ema" in config["callbacks"]):
+        state = "without" if "ema" in config["callbacks"] else "with"
+        raise ValueError(f"{config['ckpt']} was trained {state} callbacks=ema: resume it {state}, or take its weights (init_from=)")
 
 
 def make_trainer(config: dict, provenance: dict, encoder):
