@@ -29,9 +29,10 @@ FIGURES = ("recall_at_1", "map_at_r", "auc", "eer", "oneshot_20way")
 EXPLAINED = """`miner=hard` and `miner=batch_hard` give the triplet loss hardly anything but negatives nearer than the positive: from random
 weights on, the shortest way out is to draw all embeddings together (FaceNet, section 3.2, tells of the same collapse), and this
 budget does not suffice to get out of it again. With `miner=scheduled` the same hard negatives come after the semi-hard ones.
-`miner=easy` keeps the triplets that are solved already, of which the loss is 0 as its margin is the miner's: hardly anything is
-learned, by design; it is for losses with another margin. Class-based losses (arcface ... proxy_anchor) spend a part of the small
-budget on their directions of the classes, and `smooth_ap` and `sphereface` are known to want longer training.
+`miner=easy` keeps the triplets that are solved already, of which the loss is 0 as its margin is the miner's: nothing is learned,
+and weight decay and batch-norm statistics alone leave less than the untrained encoder has; it is for losses with another
+margin. Class-based losses (arcface ... proxy_anchor) spend a part of the small budget on their directions of the classes, and
+`smooth_ap` and `sphereface` are known to want longer training.
 """
 
 
@@ -138,7 +139,8 @@ def table(found: dict[str, list[dict[str, float]]], group: str) -> str:
     rows = [f"| `{group}=` | {' | '.join(FIGURES)} | seconds | MiB |", "| --- |" + " ---: |" * (len(FIGURES) + 2)]
     for name in [*ranked(found, group), "untrained", "raw"]:
         cells = [f"{mean(found[name], figure):.3f} ± {spread(found[name], figure):.3f}" for figure in FIGURES]
-        cost = [f"{mean(found[name], cell):.0f}" if cell in found[name][0] else "" for cell in ("seconds", "MiB")]
+        costs = [[row[cell] for row in found[name] if cell in row] for cell in ("seconds", "MiB")]
+        cost = [f"{statistics.median(values):.0f}" if values else "" for values in costs]
         rows.append(f"| {name.removeprefix(f'{group}=')} | {' | '.join([*cells, *cost])} |")
     return "\n".join(rows)
 
@@ -152,8 +154,8 @@ def page(found: dict[str, list[dict[str, float]]]) -> str:
 Every loss of `conf/loss` with the other defaults (32 classes x 4 letters a batch, no miner), and `loss=triplet` with every
 miner: {EPOCHS} epochs on the Latin letters of glyphs, judged on the Cyrillic ones (validation; the test scripts are not touched),
 mean ± standard deviation over {seeds} seeds. Each loss has the values of its YAML, found by a short search on validation with
-one seed. Best by `map_at_r` first; seconds are of training on one thread, on a machine that was busy with other work; MiB is
-the peak of the process, of which some 700 are libraries.
+one seed. Best by `map_at_r` first; seconds, a median, are of training on one thread, on a machine that was busy with other work;
+MiB is the peak of the whole process, most of which is libraries.
 
 ![map_at_r and recall_at_1 of every loss and miner](losses.png)
 
