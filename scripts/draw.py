@@ -62,7 +62,7 @@ def draw(run: Path, to: Path, seed: int = 0) -> None:
     axis.set(xscale="log", xlim=(1e-5, 1), ylim=(0, 1), xlabel="false-accept rate", ylabel="true-accept rate")
     axis.set_title(f"same letter or not, all {len(samples) * (len(samples) - 1) // 2:,} pairs of test", fontsize=10)
     axis.grid(alpha=0.25)
-    axis.legend(loc="upper left", frameon=False)
+    right.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     to.parent.mkdir(parents=True, exist_ok=True)
     partial = to.with_name(f"{to.name}.part")
     figure.savefig(partial, format="png")

@@ -63,7 +63,7 @@ def figures() -> str:
         cells = [f"{values[f'glyphs {prefix} {name}']:.3f}" for name in shown]
         rows.append(f"| {label} | {' | '.join(cells)} |")
     koch = {row["name"]: row["value"] for row in json.loads((ROOT / "docs" / "koch.json").read_text())}
-    ours, paper, other = (f"{koch[f'koch {whose}official one-shot accuracy']:.1f} %" for whose in ("", "paper ", "re-implementation "))
+    ours, paper, other = (f"{koch[f'koch {whose}official one-shot accuracy']:g} %" for whose in ("", "paper ", "re-implementation "))
     rows += [
         "",
         f"{values['glyphs command to prompt']:.0f} seconds from command to prompt on two CPU cores. Koch's network of 2015, "
