@@ -45,6 +45,7 @@ class Koch(nn.Module):
 
     Koch, Zemel and Salakhutdinov, "Siamese neural networks for one-shot image recognition", ICML deep learning workshop 2015,
     whose inputs are 105 x 105. Float [B, C, H, W] -> [B, embedding_size] in 0..1; H and W of at least 65.
+    Weights start as torch has them: the paper's wider start saturates the sigmoid, and AdamW learns little from there.
 
     Args:
         input_shape: (C, H, W).
