@@ -267,7 +267,7 @@ def _check_types(cfg: DictConfig, choices: dict[str, str], overrides: list[str],
     if unknown := sorted(set(cfg) - set(composed)):
         raise InputError(f"{unknown[0]} is not a key of this configuration: {_near(unknown[0], sorted(composed))}")
     shipped, given = _leaves(composed), _leaves(cfg)
-    for key in shipped.keys() - given.keys():
+    for key in sorted(shipped.keys() - given.keys()):
         if lost := [above for above in given if key.startswith(f"{above}.")]:
             raise InputError(f"{lost[0]}={given[lost[0]]} stands in the place of several values: say {key}={shipped[key]}")
     for key, value in given.items():
