@@ -157,3 +157,23 @@ def test_the_page_of_the_study_is_what_its_figures_say():
     explained = (ROOT / "docs" / "losses.md").read_text().partition("## Losses")[2]
     for name in names:
         assert study_losses.mean(found[name], "map_at_r") > study_losses.mean(found["untrained"], "map_at_r") or f"`{name}`" in explained
+
+
+def test_the_benchmark_of_koch_reads_a_finished_run(tmp_path):
+    made_up(
+        tmp_path / "run",
+        {"loss": "triplet"},
+        0,
+        **{"test/omniglot_error": 30.75, "untrained/omniglot_error": 66.5, "test/oneshot_20way": 0.75},
+    )
+    (tmp_path / "run" / ".hydra" / "config.yaml").write_text("sampling: {batch_size: 64}")
+    (tmp_path / "run" / "metrics.csv").write_text("epoch,step,train/loss\n0,9,0.7\n1,19,0.6\n")
+    command = [sys.executable, "scripts/benchmark_koch.py", "--json", str(tmp_path / "koch.json"), "--run"]
+    done = subprocess.run([*command, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    values = {row["name"]: row["value"] for row in json.loads((tmp_path / "koch.json").read_text())}
+    assert values["koch official one-shot accuracy"] == 69.25
+    assert values["koch pairs seen"] == 20 * 64
+    done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {tmp_path} holds no metrics.json")
