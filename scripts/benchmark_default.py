@@ -83,9 +83,9 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     measured = measure(arguments.full)
     if arguments.json:
-        partial = Path(f"{arguments.json}.part")
-        partial.write_text(json.dumps(measured, indent=1) + "\n")
-        os.replace(partial, arguments.json)
+        from siamese.record import write_json
+
+        write_json(Path(arguments.json), measured)
     for line in (failures := missed(measured)):
         print(line, file=sys.stderr)
     sys.exit(1 if arguments.check and failures else 0)

@@ -9,8 +9,6 @@ at half the batch, where they need up to 9 GB already. Linux only: the peak is r
 """
 
 import argparse
-import json
-import os
 import statistics
 import subprocess
 import sys
@@ -26,6 +24,7 @@ from pytorch_metric_learning.miners import TripletMarginMiner
 from siamese import losses
 from siamese.distances import LearnedDistance
 from siamese.miners import HARDNESSES, NegativePerPairMiner
+from siamese.record import write_json
 
 BATCH, LARGE, HALF = 1024, 4096, 512
 FASTER, SECONDS, MIB = 10.0, 1.0, 200.0
@@ -137,9 +136,7 @@ if __name__ == "__main__":
         sys.exit(print_peak(what, whose == "ours", int(size)))
     measured = measure(arguments.full)
     if arguments.json:
-        partial = Path(f"{arguments.json}.part")
-        partial.write_text(json.dumps(measured, indent=1) + "\n")
-        os.replace(partial, arguments.json)
+        write_json(Path(arguments.json), measured)
     for line in (failures := missed(measured)):
         print(line, file=sys.stderr)
     sys.exit(1 if arguments.check and failures else 0)

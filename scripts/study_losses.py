@@ -153,8 +153,10 @@ def page(found: dict[str, list[dict[str, float]]]) -> str:
 
 Every loss of `conf/loss` with the other defaults (32 classes x 4 letters a batch, no miner), and `loss=triplet` with every
 miner: {EPOCHS} epochs on the Latin letters of glyphs, judged on the Cyrillic ones (validation; the test scripts are not touched),
-mean ± standard deviation over {seeds} seeds. Each loss has the values of its YAML, found by a short search on validation with
-one seed. Best by `map_at_r` first; seconds, a median, are of training on one thread, on a machine that was busy with other work;
+mean ± standard deviation over {seeds} seeds. Each loss has the values of its YAML, found by short
+sweeps on validation with one seed, such as
+`python train.py -m loss=arcface loss.lr=0.03,0.3,1 trainer.max_epochs={EPOCHS} test=false`.
+Best by `map_at_r` first; seconds, a median, are of training on one thread, on a machine that was busy with other work;
 MiB is the peak of the whole process, most of which is libraries.
 
 ![map_at_r and recall_at_1 of every loss and miner](losses.png)

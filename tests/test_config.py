@@ -217,7 +217,6 @@ KNOBS = {
     },
     "encoder=koch +encoder.input_shape=[1,65,65]": {
         "encoder.embedding_size=36": lambda encoder: (encoder.layers[-1].out_features, 36),
-        "encoder.batch_norm=true": lambda encoder: (any(isinstance(m, torch.nn.BatchNorm2d) for m in encoder.modules()), True),
     },
     "encoder=mlp": {
         "encoder.hidden=[5,7,9]": lambda encoder: ([m.in_features for m in encoder.modules() if hasattr(m, "in_features")][1:], [5, 7, 9]),

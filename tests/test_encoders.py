@@ -12,7 +12,7 @@ ENCODERS = {
     "conv4": lambda: Conv4((1, 32, 32)),
     "conv4 of two blocks": lambda: Conv4((3, 20, 28), widths=(8, 16), embedding_size=10),
     "koch": lambda: Koch((1, 65, 70), embedding_size=6),
-    "koch with batch-norm": lambda: Koch((2, 70, 65), embedding_size=6, batch_norm=True),
+    "koch of two channels": lambda: Koch((2, 70, 65), embedding_size=6),
     "mlp": lambda: MLP((1, 32, 32)),
     "linear": lambda: MLP((1, 32, 32), hidden=(), embedding_size=5),
     "timm": lambda: Timm((1, 32, 32), TINY),
@@ -26,7 +26,7 @@ ENCODERS = {
 SHAPES = {
     "conv4 of two blocks": (3, 20, 28),
     "koch": (1, 65, 70),
-    "koch with batch-norm": (2, 70, 65),
+    "koch of two channels": (2, 70, 65),
     "timm without a head": (3, 32, 32),
     "timm of a hidden head": (3, 32, 32),
     "timm pooled by the average": (1, 64, 64),

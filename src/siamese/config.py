@@ -209,12 +209,13 @@ def named(cfg: DictConfig, choices: dict[str, str], group: str) -> Iterator[tupl
 def _check_combination(cfg: DictConfig, choices: dict[str, str]) -> None:
     """Hold the table of what goes with what, the `goes_with` of each loss and miner, against what is asked for."""
     sampling, distance, miner = choices["sampling"], cfg.distance, choices["miner"]
-    rows = [(said, node.get("goes_with", {})) for said, node in named(cfg, choices, "loss")]
+    nodes = list(named(cfg, choices, "loss"))
+    rows = [(said, node.get("goes_with", {})) for said, node in nodes]
     losses = [loss for loss in available("loss") if _all_go_with([_read("loss", loss).get("goes_with")], sampling, distance)]
     ways_out = {group: [f"loss={loss}" for loss in losses[:3]] for group in ("sampling", "distance")}
     ways_out["sampling"][:0] = [f"sampling={s}" for s in available("sampling") if _all_go_with([row for _, row in rows], s, None)]
     ways_out["distance"][:0] = [f"distance={d}" for d in available("distance") if _all_go_with([row for _, row in rows], None, d)]
-    for said, node in named(cfg, choices, "loss"):
+    for said, node in nodes:
         names, weights = (list(node.get(key, ())) for key in ("losses", "weights"))
         if set(names) != set(weights):
             odd = sorted(set(names) ^ set(weights))[0]

@@ -50,13 +50,12 @@ class Koch(nn.Module):
     Args:
         input_shape: (C, H, W).
         embedding_size: of the fully connected layer.
-        batch_norm: batch-norm after each convolution, which the paper does not have.
 
     Raises:
         ValueError: the input is too small for the convolutions.
     """
 
-    def __init__(self, input_shape: tuple[int, int, int], embedding_size: int = 4096, batch_norm: bool = False):
+    def __init__(self, input_shape: tuple[int, int, int], embedding_size: int = 4096):
         super().__init__()
         before, *sides = input_shape
         self.embedding_size = embedding_size
@@ -66,8 +65,7 @@ class Koch(nn.Module):
                 blocks.append(nn.MaxPool2d(2))
                 sides = [side // 2 for side in sides]
             sides = [side - kernel + 1 for side in sides]
-            norm = nn.BatchNorm2d(after) if batch_norm else nn.Identity()
-            blocks += [nn.Conv2d(before, after, kernel, bias=not batch_norm), norm, nn.ReLU()]
+            blocks += [nn.Conv2d(before, after, kernel), nn.ReLU()]
             before = after
         if min(sides) < 1:
             height, width = input_shape[1:]

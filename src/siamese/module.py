@@ -38,7 +38,7 @@ class SiameseModule(L.LightningModule):
         rates: learning rates other than the optimizer's: of "loss" (its own weights), of "model.encoder", or of a module within.
         lr_factors: for parts of the encoder, by their dotted names, what its learning rate is multiplied by; of a part within
             another its own factor counts.
-        seed: with the step it decides the augmentation.
+        seed: with the epoch and the batch it decides all that is drawn in a step: augmentation, dropout, miners that sample.
         config: plain values, kept in every checkpoint.
     """
 
