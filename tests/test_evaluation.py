@@ -14,9 +14,9 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 from torch.nn.functional import normalize
 
-from siamese import evaluation
+from siamese import _walk
 from siamese.distances import LearnedDistance
-from siamese.evaluation import FIGURES, EvaluationResult, evaluate, higher_is_better, oneshot_accuracy, oneshot_error
+from siamese.evaluation import FIGURES, EvaluationResult, evaluate, higher_is_better
 
 COSINE, SPHERE, PLAIN = CosineSimilarity(), LpDistance(), LpDistance(normalize_embeddings=False)
 LEARNED = LearnedDistance(6).requires_grad_(False)
@@ -188,7 +188,8 @@ def test_the_size_of_a_block_does_not_matter(monkeypatch, case, block):
     embeddings, labels, distance, _ = case
     whole = evaluate(embeddings, labels, distance, ways=())
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "_BLOCK", block)
+        for name in ("_ROWS", "_COLUMNS", "_HOT", "_BAND", "_FIRST"):
+            patch.setattr(_walk, name, block)
         parts = evaluate(embeddings, labels, distance, ways=())
     assert parts.figures == pytest.approx(whole.figures, abs=1e-12)
     assert (parts.neighbour_scores == whole.neighbour_scores).all()
@@ -367,56 +368,7 @@ def test_a_short_roc_has_every_point(case):
     assert result.tar == pytest.approx(tar)
 
 
-# One-shot recognition
-
-
-def expected_oneshot(matrix: np.ndarray, labels: list[int], ways: int) -> float:
-    """The probability of a right answer, over all questions there are."""
-    classes = {c: [i for i, label in enumerate(labels) if label == c] for c in set(labels)}
-    queries, total = [i for i, label in enumerate(labels) if len(classes[label]) > 1], 0.0
-    for query in queries:
-        # The chance that a class loses against this own example, whichever of its samples is drawn.
-        for own in (i for i in classes[labels[query]] if i != query):
-            loses = [np.mean([matrix[query, i] < matrix[query, own] for i in rows]) for c, rows in classes.items() if c != labels[query]]
-            subsets = [math.prod(chosen) for chosen in itertools.combinations(loses, ways - 1)]
-            total += np.mean(subsets) / (len(classes[labels[query]]) - 1)
-    return total / len(queries)
-
-
-@DISTANCES
-@pytest.mark.parametrize("ways", [2, 4])
-def test_oneshot_accuracy_is_its_expectation(distance, ways):
-    embeddings, labels = clusters(30, 5, noise=1.5)
-    expected = expected_oneshot(true_scores(embeddings, distance), labels.tolist(), ways)
-    assert 0.2 < expected < 0.9
-    found = oneshot_accuracy(embeddings, labels, distance, ways, episodes=6_000)
-    assert abs(found - expected) < 4 * math.sqrt(expected * (1 - expected) / 6_000)
-
-
-@DISTANCES
-def test_a_perfect_space_answers_every_question(distance):
-    labels = torch.arange(20).repeat(3)
-    distance = LearnedDistance(20) if distance is LEARNED else distance
-    assert oneshot_accuracy(torch.eye(20)[labels], labels, distance, 20, episodes=500) == 1
-
-
-@DISTANCES
-def test_random_embeddings_guess(distance):
-    embeddings = torch.randn(2_000, 6, generator=torch.Generator().manual_seed(0))
-    labels = torch.arange(100).repeat(20)
-    for ways in (5, 20):
-        rate = 1 / ways
-        found = oneshot_accuracy(embeddings, labels, distance, ways)
-        assert abs(found - rate) < 4 * math.sqrt(rate * (1 - rate) / 4_000)
-
-
-def test_the_seed_decides_the_questions():
-    embeddings, labels = clusters(60, 6)
-    values = [oneshot_accuracy(embeddings, labels, COSINE, 5, episodes=1_000, seed=seed) for seed in (0, 0, 1, 2)]
-    assert values[0] == values[1]
-    assert len(set(values)) > 1
-    first, second = (evaluate(embeddings, labels, COSINE).figures for _ in range(2))
-    assert first == second
+# Few-shot recognition, whose questions are tested with the protocols
 
 
 def test_the_scale_of_the_embeddings_does_not_matter():
@@ -433,18 +385,6 @@ def test_questions_of_more_classes_than_there_are_are_explained():
     assert "oneshot_5way" in result.figures
     assert "oneshot_20way" not in result.figures
     assert [note for note in result.notes if "oneshot_20way" in note and "there are 6" in note]
-
-
-def test_oneshot_error_counts_wrong_answers_and_ties_in_percent():
-    supports = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    right = (torch.tensor([[0.1, 0.9], [0.9, 0.1]]), supports, torch.tensor([1, 0]))
-    wrong = (torch.tensor([[0.1, 0.9], [0.9, 0.1]]), supports, torch.tensor([0, 2]))
-    tie = (torch.tensor([[1.0, 1.0]]), supports, torch.tensor([0]))
-    for distance in (COSINE, SPHERE, PLAIN):
-        assert oneshot_error([right], distance) == 0
-        assert oneshot_error([wrong], distance) == 100
-        assert oneshot_error([tie], distance) == 100
-        assert oneshot_error([right, wrong, tie], distance) == pytest.approx(60)
 
 
 # What is refused
@@ -469,7 +409,7 @@ def test_too_few_classes_or_samples_are_refused(labels):
 def test_every_figure_promised_is_there_and_knows_its_direction():
     embeddings, labels = clusters(40, 5)
     assert set(FIGURES) <= evaluate(embeddings, labels, COSINE, ways=()).figures.keys()
-    assert [name for name in FIGURES if not higher_is_better(name)] == ["eer"]
+    assert [name for name in FIGURES if not higher_is_better(name)] == ["median_rank", "eer"]
     for lower in ("val/eer", "test/omniglot_error", "omniglot_error", "val/loss", "train/loss"):
         assert not higher_is_better(lower)
     for higher in ("val/map_at_r", "test/tar_at_far_1e3", "oneshot_5way", "threshold"):

@@ -134,7 +134,8 @@ def test_the_raw_row_takes_a_distance_of_ones_own(tmp_path, monkeypatch):
 
 
 def test_figures_carry_the_name_of_their_row():
-    results = {"val": SimpleNamespace(figures={"auc": 0.5, "eer": 0.4}), "test": SimpleNamespace(figures={"auc": 0.6})}
-    assert dict(judging.figures(results)) == {"val/auc": 0.5, "val/eer": 0.4, "test/auc": 0.6}
+    val = SimpleNamespace(figures={"auc": 0.5, "eer": 0.4}, intervals={"auc": [0.45, 0.55]})
+    results = {"val": val, "test": SimpleNamespace(figures={"auc": 0.6}, intervals={})}
+    assert dict(judging.figures(results)) == {"val/auc": 0.5, "val/auc_ci95": [0.45, 0.55], "val/eer": 0.4, "test/auc": 0.6}
     assert judging.last_as("raw", results) == {"raw": results["test"]}
     assert judging.last_as("raw", {"val": results["val"]}) == {"raw": results["val"]}

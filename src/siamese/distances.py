@@ -57,7 +57,6 @@ class LearnedDistance(BaseDistance):
         return ((query_emb - ref_emb) * self.weight).abs().mean(1)
 
     @torch.no_grad()
-    def bound(self, embeddings: Tensor) -> float:
-        """No two of these [N, D] embeddings are farther apart; found without comparing them."""
-        embeddings = self.maybe_normalize(embeddings)
-        return ((embeddings.amax(0) - embeddings.amin(0)) * self.weight).abs().mean().item()
+    def bound(self, extent: Tensor) -> float:
+        """No two embeddings are farther apart that differ by at most `extent`, [D], once normalised where the distance does that."""
+        return (extent * self.weight).abs().mean().item()

@@ -7,7 +7,8 @@ import torch
 
 from siamese.bundle import Bundle
 from siamese.data.samples import Samples
-from siamese.evaluation import EvaluationResult, evaluate, oneshot_error
+from siamese.evaluation import EvaluationResult, evaluate
+from siamese.protocols import oneshot_error
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +60,10 @@ def _embed_run(model: Bundle, queries: Samples, supports: Samples) -> tuple[torc
     return model.embed(queries.inputs), model.embed(supports.inputs), answer
 
 
-def figures(results: dict[str, EvaluationResult]) -> Iterator[tuple[str, float]]:
-    """All figures under their contract names: `test/recall_at_1`."""
+def figures(results: dict[str, EvaluationResult]) -> Iterator[tuple[str, float | list[float]]]:
+    """All figures under their contract names, `test/recall_at_1`, and intervals, `test/recall_at_1_ci95`."""
     for prefix, result in results.items():
         for name, value in result.figures.items():
             yield f"{prefix}/{name}", value
+            if name in result.intervals:
+                yield f"{prefix}/{name}_ci95", result.intervals[name]

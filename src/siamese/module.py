@@ -181,7 +181,7 @@ class SiameseModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         embeddings, labels = (torch.cat(parts) for parts in zip(*self._val, strict=True))
         self._val.clear()
-        figures = evaluate(embeddings, labels, self.model.distance, ways=()).figures
+        figures = evaluate(embeddings, labels, self.model.distance, ways=(), certainty=False).figures
         self.log_dict({f"val/{name}": float(value) for name, value in figures.items()})
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

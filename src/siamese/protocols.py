@@ -1,0 +1,191 @@
+"""Protocols that ask questions of embeddings: few-shot and one-shot recognition, and open-set identification.
+
+Scores (higher is more alike) are compared in double precision after rounding to the step of `siamese._walk.Levels`, 2^-20 of
+the unit sphere's range. Ties are resolved against us: of equal scores, the different class ranks first.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from siamese._walk import Levels, Ranks
+from siamese.distances import scores
+
+METHODS = ("prototype", "nearest")
+_GATHERED = 2**23  # numbers in double precision that are copied out at a time: 64 MB
+_SCORES = 2**22  # scores that are computed at a time, if the gallery is no larger than that
+
+
+@torch.no_grad()
+def fewshot(
+    embeddings: Tensor,
+    labels: Tensor,
+    distance: Module,
+    ways: int,
+    shots: int = 1,
+    *,
+    method: str = "prototype",
+    episodes: int = 4_000,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Recognise a query's class among `ways` classes from `shots` examples of each (Lake et al. 2011; Vinyals et al. 2016).
+
+    Each of `episodes` questions draws a query among the samples whose class has more than `shots`, `shots` other samples of its
+    class, and `shots` samples of each of `ways - 1` other classes that have as many. It is answered right if the query's own
+    class alone has the highest score. The questions follow from labels and seed, so that all models answer the same.
+
+    Args:
+        embeddings: float [N, D], finite.
+        labels: int64 [N].
+        method: "prototype" compares the query with the mean of a class's supports, of unit embeddings where the distance
+            normalises (Snell, Swersky and Zemel 2017, arXiv:1703.05175), "nearest" with the most alike of them. Of one shot
+            both are the same.
+
+    Returns:
+        right, bool [episodes], and classes, int64 [episodes]: the label of each query; both on the CPU.
+
+    Raises:
+        ValueError: no such method, senseless numbers, or fewer than `ways` classes with enough samples.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is one of {', '.join(METHODS)}, not {method!r}")
+    if ways < 2 or shots < 1 or episodes < 1:
+        raise ValueError(f"a question needs two ways, one shot and one episode at least, not {ways}, {shots} and {episodes}")
+    labels = labels.cpu()
+    query, support = _questions(labels, ways, shots, episodes, torch.Generator().manual_seed(seed))
+    levels = Levels(distance, [embeddings], Ranks())
+    right = []
+    size = max(1, _GATHERED // (ways * shots * embeddings.shape[1]))
+    for queries, supports in zip(query.split(size), support.split(size), strict=True):
+        asked, shown = (_precise(embeddings[rows.to(embeddings.device)], levels) for rows in (queries, supports))
+        if method == "prototype" and shots > 1:
+            shown = distance.maybe_normalize(shown.flatten(0, 2)).view_as(shown).mean(2, keepdim=True)
+        # One query at a time suits every distance, and costs no more than a matrix product of the queries with all embeddings.
+        score = torch.cat([scores(distance, one[None], rows.flatten(0, 1)) for one, rows in zip(asked, shown, strict=True)])
+        level = (score / levels.step).round_().view(shown.shape[:3]).amax(2)
+        right.append((level[:, :1] > level[:, 1:]).all(1).cpu())
+    return torch.cat(right), labels[query]
+
+
+def _questions(labels: Tensor, ways: int, shots: int, episodes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows of the queries, int64 [E], and of their supports, int64 [E, ways, shots], those of the query's class first."""
+    _, member, counts = labels.unique(return_inverse=True, return_counts=True)
+    classes, able = (counts >= shots).nonzero().flatten(), (counts[member] > shots).nonzero().flatten()
+    if len(classes) < ways or len(able) == 0:
+        raise ValueError(
+            f"{ways}-way {shots}-shot questions need {ways} classes with {shots} samples, one of them with {shots + 1}: of "
+            f"{len(counts)} classes {len(classes)} have {shots}, {int((counts > shots).sum())} have {shots + 1}"
+        )
+    order = member.argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    first = counts.cumsum(0) - counts
+
+    query = able[_draw(torch.full((episodes,), len(able)), 1, generator).flatten()]
+    own = member[query]
+    # Others than one's own are drawn by how far they are behind it, going around.
+    further = _draw(torch.full((episodes,), len(classes) - 1), ways - 1, generator)
+    others = classes[(torch.searchsorted(classes, own)[:, None] + 1 + further) % len(classes)]
+    chosen = torch.cat([own[:, None], others], 1)
+    available = counts[chosen]
+    available[:, 0] -= 1
+    within = _draw(available, shots, generator)
+    within[:, 0] = ((place[query] - first[own])[:, None] + 1 + within[:, 0]) % counts[own, None]
+    return query, order[first[chosen][..., None] + within]
+
+
+def _draw(below: Tensor, number: int, generator: torch.Generator) -> Tensor:
+    """For each n of `below`, `number` different integers of 0 ... n - 1, every set of them equally likely: [...] -> [..., number].
+
+    By Floyd's algorithm (Bentley and Floyd 1987, "A sample of brilliance"), in time and memory that do not grow with n.
+    """
+    drawn = below.new_full((*below.shape, number), -1)
+    for i in range(number):
+        last = below - number + i
+        one = (torch.rand(below.shape, generator=generator, dtype=torch.float64) * (last + 1)).long()
+        drawn[..., i] = torch.where((drawn == one[..., None]).any(-1), last, one)
+    return drawn
+
+
+def _precise(embeddings: Tensor, levels: Levels) -> Tensor:
+    """In double precision, moved to the centre where this changes no distance but makes its rounding smaller."""
+    return embeddings.double() if levels.centre is None else embeddings.double() - levels.centre
+
+
+@torch.no_grad()
+def oneshot_error(runs: list[tuple[Tensor, Tensor, Tensor]], distance: Module) -> float:
+    """Error in percent over official one-shot runs (Lake, Salakhutdinov and Tenenbaum 2015).
+
+    Args:
+        runs: (queries [Q, D], supports [S, D], the row of each query's own support, int64 [Q]).
+    """
+    wrong = total = 0
+    for queries, supports, answer in runs:
+        levels = Levels(distance, [queries, supports], Ranks())
+        level = (scores(distance, _precise(queries, levels), _precise(supports, levels)) / levels.step).round_()
+        own = level.gather(1, answer[:, None].to(level.device))
+        wrong += int(((level >= own).sum(1) > 1).sum())
+        total += len(queries)
+    return 100 * wrong / total
+
+
+@torch.no_grad()
+def identify(
+    probes: Tensor,
+    labels: Tensor,
+    gallery: Tensor,
+    gallery_labels: Tensor,
+    distance: Module,
+    rates: tuple[float, ...] = (0.1, 0.01, 0.001),
+) -> tuple[dict[str, float], list[str]]:
+    """Open-set identification (Phillips, Grother and Micheals 2011, Handbook of Face Recognition; ISO/IEC 19795-1).
+
+    A probe is enrolled if the gallery has its class, otherwise a stranger.
+
+    Args:
+        probes, gallery: float [P, D] and [G, D], finite.
+        labels, gallery_labels: int64 [P] and [G].
+        rates: false-alarm rates, each above 0 and at most 1.
+
+    Returns:
+        figures, in 0..1: rank_1_identification, the share of enrolled probes whose best score is of their own class, and for each
+        rate dir_at_far_1e1 ... 1e3, the share for which it reaches the threshold too: the most lenient at which at most that
+        share of strangers has any score that reaches it. And notes: why a rate is left out, one sentence each.
+
+    Raises:
+        ValueError: no probe is enrolled, or none is a stranger, or a rate is out of range.
+    """
+    if not all(0 < rate <= 1 for rate in rates):
+        raise ValueError(f"false-alarm rates are above 0 and at most 1, not {', '.join(map(str, rates))}")
+    labels, gallery_labels = labels.to(probes.device), gallery_labels.to(probes.device)
+    enrolled = torch.isin(labels, gallery_labels)
+    strangers = int((~enrolled).sum())
+    if strangers in (0, len(labels)):
+        raise ValueError(f"of {len(labels):,} probes {strangers:,} are strangers to the gallery: there must be enrolled ones and strangers")
+    own, other = _best(probes, labels, gallery, gallery_labels, distance)
+    own, first, alarms = own[enrolled], (own > other)[enrolled], other[~enrolled].sort(descending=True).values
+
+    figures, notes = {"rank_1_identification": first.double().mean().item()}, []
+    for rate in rates:
+        mantissa, exponent = f"{rate:e}".split("e")
+        name, expected = f"dir_at_far_{float(mantissa):g}e{-int(exponent)}", round(rate * strangers, 6)  # 0.29 * 100 < 29
+        if expected < 10:
+            notes.append(f"{name} is left out: {strangers:,} strangers give {expected:.2g} expected false alarms, ten are needed")
+            continue
+        # The threshold lies just above the first stranger that must not reach it, if there is one.
+        refused = alarms[int(expected)] if expected < strangers else -torch.inf
+        figures[name] = (first & (own > refused)).double().mean().item()
+    return figures, notes
+
+
+def _best(probes: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, distance: Module) -> tuple[Tensor, Tensor]:
+    """The highest level of each probe with its own class and with the others, float64 [P] each; -inf where there is none."""
+    levels = Levels(distance, [probes, gallery], Ranks())
+    found = []
+    size = max(1, _SCORES // len(gallery))
+    gallery = _precise(gallery, levels).to(levels.dtype)
+    for rows, of in zip(probes.split(size), labels.split(size), strict=True):
+        level = (scores(distance, _precise(rows, levels).to(levels.dtype), gallery) / levels.step).round_()
+        same = of[:, None] == gallery_labels
+        found.append(torch.stack([level.masked_fill(~same, -torch.inf).amax(1), level.masked_fill_(same, -torch.inf).amax(1)]))
+    own, other = torch.cat(found, 1).double()
+    return own, other
