@@ -2,12 +2,13 @@
 
     python evaluate.py ckpt=logs/train/runs/<stamp>/checkpoints/best.ckpt   # the figures that train.py printed, again
     python evaluate.py ckpt=logs/train/runs/<stamp>/bundle.safetensors dataset=omniglot   # on another data set
-    python evaluate.py dataset=glyphs encoder=conv4                         # no checkpoint: the untrained row
+    python evaluate.py ckpt=logs/train/runs/<stamp>/bundle.safetensors 'also=[omniglot]'   # on several at once
+    python evaluate.py dataset=glyphs encoder=conv4                         # no checkpoint: the untrained, or pretrained, row
 
 Writes metrics.json and results.npz into logs/evaluate/runs/<stamp>/.
 """
 
-from siamese.config import ROOT, InputError, as_input_error, build, bundle_arguments, launch
+from siamese.config import ROOT, InputError, as_input_error, available, build, bundle_arguments, compose, launch
 
 
 def evaluate(config: dict) -> dict[str, float]:
@@ -54,18 +55,42 @@ def evaluate(config: dict) -> dict[str, float]:
         trained = model.parts["encoder"]["input_shape"]
         remedy = ": set dataset.size" if "size" in config["dataset"] else ""
         raise InputError(f"the encoder in {ckpt} takes inputs of shape {trained}, this data set has {input_shape}{remedy}")
-    record.write_json(out / "provenance.json", record.provenance(ROOT, {"val": data.val.fingerprint(), "test": data.test.fingerprint()}))
+    others = {name: other_tests(name, input_shape, config) for name in dict.fromkeys(config["also"])}
+    fingerprints = {"val": data.val, "test": data.test, **{f"{name}/test": samples for name, samples in others.items()}}
+    fingerprints = {name: samples.fingerprint() for name, samples in fingerprints.items()}
+    record.write_json(out / "provenance.json", record.provenance(ROOT, fingerprints))
 
     started = time.perf_counter()
-    raw = judging.judge(judging.raw(model, input_shape), data)
-    judged = judging.judge(model, data)
+    plain = judging.raw(model, input_shape)
+    raw, judged = judging.judge(plain, data), judging.judge(model, data)
     results = {**judging.last_as("raw", raw), **(judged if ckpt else judging.last_as("untrained", judged))}
+    for name, samples in others.items():
+        results |= {f"{name}/raw": judging.judge_samples(plain, samples, plain.threshold)}
+        results |= {f"{name}/{'test' if ckpt else 'untrained'}": judging.judge_samples(model, samples, model.threshold)}
     metrics = record.write(out, results, {"evaluate": time.perf_counter() - started})
-    for note in list(results.values())[-1].notes:
+    for note in [*list(judged.values())[-1].notes, *record.hardest(list(judged.values())[-1])]:
         log.info(note)
     Console().print(record.table(results))
     log.info("figures are in %s", os.path.relpath(out))
     return metrics
+
+
+def other_tests(name: str, input_shape: list[int], config: dict):
+    """The test split of another data set; where its images have a size to be chosen, in the size that the encoder takes."""
+    import logging
+
+    said = [override for override in config["overrides"] if override.startswith("paths.")]
+    with as_input_error("also"):
+        if name not in available("dataset"):
+            raise ValueError(f"there is no data set {name}: take some of {', '.join(available('dataset'))}, as in 'also=[omniglot]'")
+        other = compose([f"dataset={name}", *said], "evaluate")
+        if "size" in other["dataset"] and other["dataset"]["size"] != input_shape[-1]:
+            other = compose([f"dataset={name}", f"dataset.size={input_shape[-1]}", *said], "evaluate")
+        samples = build(other, "dataset").split("test")
+        if list(samples.inputs.shape[1:]) != input_shape:
+            raise ValueError(f"{name} has inputs of shape {list(samples.inputs.shape[1:])}, the encoder takes {input_shape}")
+    logging.getLogger("evaluate").info("also test on %s of %s", samples, name)
+    return samples
 
 
 if __name__ == "__main__":

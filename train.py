@@ -81,7 +81,7 @@ def train(config: dict) -> dict[str, float]:
         if "wandb" in sys.modules:
             sys.modules["wandb"].finish(exit_code=int(crashed))
 
-    for note in list(results.values())[-1].notes:
+    for note in [*list(results.values())[-1].notes, *record.hardest(list(results.values())[-1])]:
         log.info(note)
     console = Console()
     console.print(record.table(results))
@@ -99,12 +99,15 @@ def assemble(config: dict):
     from siamese.module import SiameseModule
 
     log, choices = logging.getLogger("train"), config["choices"]
-    data = SiameseData(build(config, "dataset"), partial(config, "sampling"), config["seed"])
+    data = SiameseData(build(config, "dataset"), partial(config, "sampling"), config["seed"], config["val_classes"])
     with as_input_error("dataset"):
         classes, input_shape = len(data.train.class_names), data.input_shape
         log.info("train on %s, validate on %s", data.train, data.val)
         if config["test"]:
             _ = data.test, data.source.oneshot_runs()
+    with as_input_error("val_classes"):
+        if data.watched is not data.val:
+            log.info("after each epoch %d samples of %d classes are judged, at the end all", len(data.watched), data.val_classes)
     with as_input_error("sampling"):
         data.setup()
     made_of = bundle_arguments(config, input_shape, data.standardization())

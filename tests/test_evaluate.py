@@ -132,3 +132,23 @@ def test_a_checkpoint_whose_data_has_gone_says_where_it_looked(judge, tiny_run, 
         judge(f"ckpt={tmp_path}/moved.ckpt")
     assert "/gone/omniglot" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_several_test_sets_are_judged_at_once_by_the_same_threshold(judge, data, drawings, tiny_run, monkeypatch):
+    monkeypatch.setenv("SIAMESE_DATA_DIR", str(drawings.parent))
+    (drawings.parent / "omniglot").exists() or (drawings.parent / "omniglot").symlink_to(drawings)
+    found = figures(judge(f"ckpt={tiny_run}/bundle.safetensors", "also=[omniglot]"))
+    mine = trained(tiny_run)
+    assert {key: value for key, value in found.items() if not key.startswith("omniglot/")} == mine
+    # It is the same data set here, in the size that the encoder takes, so all but the official runs must come out the same.
+    also = {key.removeprefix("omniglot/"): value for key, value in found.items() if key.startswith("omniglot/test/")}
+    assert also == {key: value for key, value in mine.items() if key.startswith("test/") and "omniglot_error" not in key}
+    assert found["omniglot/raw/recall_at_1"] == mine["raw/recall_at_1"]
+
+
+@pytest.mark.parametrize(("also", "parts"), [("[omniglo]", ["omniglo", "glyphs"]), ("[glyphs]", ["glyphs", "[1, 32, 32]", "[1, 16, 16]"])])
+def test_another_test_set_that_does_not_fit_is_refused(judge, tiny_run, also, parts):
+    with pytest.raises(InputError) as error:
+        judge(f"ckpt={tiny_run}/bundle.safetensors", f"also={also}")
+    assert all(part in str(error.value) for part in ["also", *parts]), error.value
+    assert "\n" not in str(error.value)

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
+from scipy import stats
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
 from torch.nn.functional import normalize
 
-from siamese import _walk
+from siamese import _walk, intervals
 from siamese.distances import LearnedDistance
 from siamese.evaluation import FIGURES, EvaluationResult, evaluate, higher_is_better
+from siamese.intervals import mean_interval
 
 COSINE, SPHERE, PLAIN = CosineSimilarity(), LpDistance(), LpDistance(normalize_embeddings=False)
 LEARNED = LearnedDistance(6).requires_grad_(False)
@@ -385,6 +387,117 @@ def test_questions_of_more_classes_than_there_are_are_explained():
     assert "oneshot_5way" in result.figures
     assert "oneshot_20way" not in result.figures
     assert [note for note in result.notes if "oneshot_20way" in note and "there are 6" in note]
+
+
+# Certainty, and classes
+
+
+def test_the_interval_of_a_mean_over_classes_is_the_textbooks():
+    """With one query a class it is the textbook's: Student's, on the scale of the logit."""
+    values = torch.tensor([0.2, 0.9, 0.4, 1.0, 0.0, 0.7, 0.6, 0.8, 0.3, 0.55]).double()
+    low, high = mean_interval(values, torch.arange(10))
+    mean, error = values.mean().item(), values.std().item() / math.sqrt(10)
+    kurtosis = ((values - values.mean()) ** 4).mean() / values.var(correction=0) ** 2
+    reach = stats.t.ppf(0.975, min(9, 2 * 10 / (kurtosis - 1))) * error / (mean * (1 - mean))
+    assert [low, high] == pytest.approx([1 / (1 + math.exp(-math.log(mean / (1 - mean)) + side * reach)) for side in (1, -1)], abs=1e-3)
+
+
+def test_samples_that_say_the_same_are_no_more_certain_than_one():
+    values, labels = torch.rand(30, generator=torch.Generator().manual_seed(0)), torch.arange(30)
+    assert mean_interval(values.repeat(20), labels.repeat(20)) == pytest.approx(mean_interval(values, labels))
+
+
+def test_unanimous_classes_leave_room_for_one_that_is_not():
+    assert mean_interval(torch.ones(40), torch.arange(10).repeat(4)) == pytest.approx([0.025 ** (1 / 10), 1])
+    assert mean_interval(torch.zeros(40), torch.arange(10).repeat(4)) == pytest.approx([0, 1 - 0.025 ** (1 / 10)])
+
+
+@DISTANCES
+def test_the_intervals_of_pairs_are_those_of_leaving_out_each_class(distance):
+    """The infinitesimal jackknife is near the jackknife that computes each figure again without the class."""
+    embeddings, labels = clusters(400, 40, noise=0.8)
+    result = evaluate(embeddings, labels, distance, ways=())
+    for name in ("auc", "eer"):
+        left = [evaluate(embeddings[labels != c], labels[labels != c], distance, ways=(), certainty=False).figures[name] for c in range(40)]
+        error = math.sqrt(39 / 40 * np.square(np.array(left) - np.mean(left)).sum())
+        low, high = result.intervals[name]
+        value = result.figures[name]
+        assert low < value < high
+        width = (math.log(high / (1 - high)) - math.log(low / (1 - low))) * value * (1 - value) / 2
+        assert 0.85 * 1.96 * error < width < 1.8 * 1.96 * error, name
+
+
+@pytest.mark.parametrize("limit", [1.0, 0.5])
+def test_a_sample_of_the_classes_tells_the_intervals_nearly_as_well(monkeypatch, limit):
+    embeddings, labels = clusters(900, 60, noise=0.8)
+    whole = evaluate(embeddings, labels, COSINE, ways=()).intervals
+    monkeypatch.setattr(intervals, "_CLASSES", int(60 * limit))
+    monkeypatch.setattr(intervals, "_ROWS", 300)
+    part = evaluate(embeddings, labels, COSINE, ways=()).intervals
+    for name in ("auc", "eer"):
+        assert part[name] != whole[name]
+        assert np.ptp(part[name]) == pytest.approx(np.ptp(whole[name]), rel=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("classes", "noise", "least"), [(40, 0.8, 0.9), (100, 0.35, 0.85), (12, 0.8, 0.9)])
+def test_nine_in_ten_intervals_or_more_hold_the_mean_over_test_sets(classes, noise, least):
+    """Nominally 95 %. With few errors, most in a few wide classes (the second case), intervals of pairs are somewhat short."""
+    values, ends, names = [], [], ["recall_at_1", "map_at_r", "auc", "eer", "oneshot_5way"]
+    for trial in range(200):
+        generator = torch.Generator().manual_seed(trial)
+        labels = torch.arange(classes).repeat_interleave(torch.randint(2, 12, (classes,), generator=generator))
+        width = noise * (0.5 + torch.rand(classes, 1, generator=generator))
+        points = torch.randn(classes, 8, generator=generator)[labels] + width[labels] * torch.randn(len(labels), 8, generator=generator)
+        result = evaluate(points, labels, COSINE, ways=(5,), shots=(1,), seed=trial)
+        values.append([result.figures[name] for name in names])
+        ends.append([result.intervals[name] for name in names])
+    mean, ends = np.mean(values, axis=0), np.array(ends)
+    covered = ((ends[..., 0] <= mean) & (mean <= ends[..., 1])).mean(0)
+    assert (covered >= least).all(), dict(zip(names, covered, strict=True))
+
+
+def test_classes_and_what_they_are_taken_for_are_those_of_a_loop():
+    embeddings, labels = clusters(120, 10)
+    embeddings, labels = torch.cat([embeddings, embeddings[:1] + 1]), torch.cat([labels, torch.tensor([11])])  # one alone, one empty
+    result = evaluate(embeddings, labels, COSINE, ways=())
+    matrix = true_scores(embeddings, COSINE)
+    np.fill_diagonal(matrix, -2)
+    taken = {}
+    for c in range(12):
+        rows = [i for i in range(121) if labels[i] == c and c < 10]
+        nearest = [int(labels[matrix[i].argmax()]) for i in rows]
+        assert result.class_queries[c] == len(rows)
+        if rows:
+            assert result.class_recall_at_1[c] == pytest.approx(np.mean([n == c for n in nearest]))
+        else:
+            assert np.isnan(result.class_recall_at_1[c])
+            assert np.isnan(result.class_map_at_r[c])
+        for other in nearest:
+            if other != c:
+                taken[c, other] = taken.get((c, other), 0) + 1
+    assert {(a, b): count for a, b, count in result.confusions.tolist()} == taken
+    assert (np.diff(result.confusions[:, 2]) <= 0).all()
+    assert np.nansum(result.class_map_at_r * result.class_queries) / 120 == pytest.approx(result.figures["map_at_r"])
+
+
+def test_a_gallery_of_its_own_is_what_queries_are_compared_with():
+    embeddings, labels = clusters(150, 12)
+    stranger = torch.randn(20, 6, generator=torch.Generator().manual_seed(5))
+    gallery = torch.cat([embeddings[60:], stranger]), torch.cat([labels[60:], torch.full((20,), -1)])
+    result = evaluate(embeddings[:60], labels[:60], COSINE, gallery=gallery)
+    score = (normalize(embeddings[:60]) @ normalize(gallery[0]).T).numpy()
+    same = (labels[:60, None] == gallery[1]).numpy()
+    assert result.figures["auc"] == pytest.approx(roc_auc_score(same.ravel(), score.ravel()), abs=1e-5)
+    nearest = gallery[1][score.argmax(1)]
+    assert result.figures["recall_at_1"] == pytest.approx((nearest == labels[:60])[same.any(1)].float().mean().item())
+    assert result.figures["queries_without_match"] == int((~same.any(1)).sum())
+    assert not [name for name in result.figures if "shot" in name]
+    with pytest.raises(ValueError, match="in the gallery"):
+        evaluate(embeddings[:60], labels[:60], COSINE, gallery=(stranger, torch.full((20,), -1)))
+    gallery[0][3, 1] = math.nan
+    with pytest.raises(ValueError, match=r"1 of 110 gallery embeddings .* 3$"):
+        evaluate(embeddings[:60], labels[:60], COSINE, gallery=gallery)
 
 
 # What is refused

@@ -4,6 +4,8 @@ import logging
 from collections.abc import Iterator
 
 import torch
+from rich.console import Console
+from rich.progress import Progress
 
 from siamese.bundle import Bundle
 from siamese.data.samples import Samples
@@ -21,10 +23,10 @@ def judge(model: Bundle, data, test: bool = True) -> dict[str, EvaluationResult]
         data: has `val`, `test` and `source`, as `SiameseData` does.
         test: False never touches the test split.
     """
-    results = {"val": _judge(model, data.val, None)}
+    results = {"val": judge_samples(model, data.val, None)}
     model.threshold = results["val"].figures["threshold"]
     if test:
-        results["test"] = _judge(model, data.test, model.threshold)
+        results["test"] = judge_samples(model, data.test, model.threshold)
         runs = [_embed_run(model, *run) for run in data.source.oneshot_runs()]
         if runs:
             results["test"].figures["omniglot_error"] = oneshot_error(runs, model.distance)
@@ -48,10 +50,14 @@ def last_as(row: str, results: dict[str, EvaluationResult]) -> dict[str, Evaluat
     return {row: list(results.values())[-1]}
 
 
-def _judge(model: Bundle, samples: Samples, threshold: float | None) -> EvaluationResult:
+def judge_samples(model: Bundle, samples: Samples, threshold: float | None) -> EvaluationResult:
+    """One split, by a threshold that was fitted on other classes; None fits it here."""
     embeddings = model.embed(samples.inputs)
     names = {"ids": samples.ids, "class_names": samples.class_names}
-    return evaluate(embeddings, samples.labels, model.distance, threshold=threshold, **names)
+    with Progress(transient=True, disable=len(samples) < 10_000 or not Console().is_terminal) as bar:
+        task = bar.add_task("judging", total=1.0)
+        tell = lambda share: bar.update(task, completed=share)  # noqa: E731
+        return evaluate(embeddings, samples.labels, model.distance, threshold=threshold, progress=tell, **names)
 
 
 def _embed_run(model: Bundle, queries: Samples, supports: Samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

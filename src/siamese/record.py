@@ -9,6 +9,8 @@ import subprocess
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
+
 from siamese.evaluation import EvaluationResult
 from siamese.judging import figures
 
@@ -78,12 +80,21 @@ def table(results: dict[str, EvaluationResult]):
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ["", *shown]:
         table.add_column(heading.replace("_", "_\n", 1), justify="right" if heading else "left")
-    for prefix, label in _ROWS.items():
+    others = {prefix: " ".join([prefix.partition("/")[0], _ROWS[prefix.partition("/")[2]]]) for prefix in results if "/" in prefix}
+    for prefix, label in {**_ROWS, **others}.items():
         if prefix in results:
             values = results[prefix].figures
             cells = [f"{values[name]:.{2 if name == 'omniglot_error' else 4}f}" if name in values else "" for name in shown]
-            table.add_row(label, *cells, style="bold" if prefix == "test" else "")
+            table.add_row(label, *cells, style="bold" if prefix.endswith("test") else "")
     return table
+
+
+def hardest(result: EvaluationResult, most: int = 3) -> list[str]:
+    """Two sentences: the classes that are recognised worst, and those most often taken for another."""
+    names, worst = result.class_names, np.argsort(result.class_map_at_r, kind="stable")[:most]  # NaN come last
+    classes = [f"{names[c]} ({result.class_map_at_r[c]:.2f})" for c in worst if result.class_queries[c]]
+    pairs = [f"{names[a]} for {names[b]} ({count} of {result.class_queries[a]})" for a, b, count in result.confusions[:most]]
+    return [f"lowest map_at_r: {', '.join(classes)}"] + [f"nearest is another class: {', '.join(pairs)}"] * bool(pairs)
 
 
 def curves(path: Path, steps: int) -> list[dict[str, str]]:

@@ -22,14 +22,15 @@ class SiameseData(L.LightningDataModule):
         source: where the splits come from.
         loader: makes the training loader, `loader(samples=..., seed=...)`: one of `siamese.data.sampling`.
         seed: of the batches.
+        val_classes: so many classes of `val`, the same in every run, are judged after each epoch; None for all.
 
     Raises:
-        ValueError: when a split is asked for that judging needs the labels of, and it has none.
+        ValueError: when a split is asked for that judging needs the labels of, and it has none; or there are not so many classes.
     """
 
-    def __init__(self, source: Source, loader: Callable[..., DataLoader], seed: int = 0):
+    def __init__(self, source: Source, loader: Callable[..., DataLoader], seed: int = 0, val_classes: int | None = None):
         super().__init__()
-        self.source, self.loader, self.seed = source, loader, seed
+        self.source, self.loader, self.seed, self.val_classes = source, loader, seed, val_classes
 
     @cached_property
     def train(self) -> Samples:
@@ -42,6 +43,20 @@ class SiameseData(L.LightningDataModule):
     @cached_property
     def test(self) -> Samples:
         return self._judged("test")
+
+    @cached_property
+    def watched(self) -> Samples:
+        """What is judged after each epoch: `val`, or its samples of some classes that are the same in every run."""
+        if self.val_classes is None:
+            return self.val
+        labels, counts = self.val.labels.unique(return_counts=True)
+        if isinstance(self.val_classes, bool) or not isinstance(self.val_classes, int) or not 2 <= self.val_classes <= len(labels):
+            raise ValueError(f"val_classes={self.val_classes} must be a whole number from 2 to {len(labels)}, or null for all")
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+        chosen = labels[order[(counts[order] < 2).int().argsort(stable=True)][: self.val_classes]]  # classes of one sample come last
+        rows = torch.isin(self.val.labels, chosen).nonzero().flatten()
+        ids = [self.val.ids[row] for row in rows.tolist()]
+        return Samples(self.val.inputs[rows], self.val.labels[rows], self.val.class_names, ids)
 
     def _judged(self, name: str) -> Samples:
         samples = self.source.split(name)
@@ -71,14 +86,14 @@ class SiameseData(L.LightningDataModule):
         return self._training_loader
 
     def val_dataloader(self) -> list[DataLoader]:
-        """All validation samples in order, to be embedded; where training brings its own tuples, fixed ones of validation too.
+        """The validation samples that are watched, in order, to be embedded; where training brings its own tuples, fixed ones too.
 
         These are drawn by the labels, in training's share of positives, whether training's are drawn or listed.
         """
-        order = torch.arange(len(self.val))
-        loaders = [DataLoader(self.val, sampler=list(order.split(_BATCH)), batch_size=None)]
+        order = torch.arange(len(self.watched))
+        loaders = [DataLoader(self.watched, sampler=list(order.split(_BATCH)), batch_size=None)]
         training = self._training_loader
         if isinstance(training.dataset, (sampling.PairDataset, sampling.TripletDataset)):
-            fixed = training.dataset.like(self.val)
+            fixed = training.dataset.like(self.watched)
             loaders.append(DataLoader(fixed, sampler=list(sampling.InOrder(fixed, training.sampler.batch_size)), batch_size=None))
         return loaders
