@@ -482,9 +482,9 @@ class _Walk:
         level = self._reached_by(min(max(4 * self.negatives / max(seen, 1), 1 / 512), 1 / 16))
         level = min(level, self.histogram.fine + self.levels.empty) if self.histogram.fine else level
         level = round(level) - 0.5
-        least = self._first_look(block, 0, slice(row, row + height), column_place, level)
+        least, best = self._first_look(block, 0, slice(row, row + height), column_place, level)
         if self.both:
-            least_of_columns = self._first_look(block, 1, slice(column_place, column_place + width), row_place, level)
+            least_of_columns, best_of_columns = self._first_look(block, 1, slice(column_place, column_place + width), row_place, level)
         found, value = [], []
         for a in range(0, height, self.hot):
             hot = block[a : a + self.hot].view(-1)
@@ -498,24 +498,26 @@ class _Walk:
         y = where // width
         x = where - y * width
         kept = (value > least[y]).nonzero().flatten()
-        finds = [(row + y[kept], column_place + x[kept], value[kept])]
+        finds = [(row + y[kept], column_place + x[kept], value[kept], value[kept] >= best[y[kept]])]
         if self.both:
             kept = (value > least_of_columns[x]).nonzero().flatten()
-            finds.append((column_place + x[kept], row_place + y[kept], value[kept]))
-        query, place, value = (torch.cat(parts) for parts in zip(*finds, strict=True))
+            finds.append((column_place + x[kept], row_place + y[kept], value[kept], value[kept] >= best_of_columns[x[kept]]))
+        query, place, value, ahead = (torch.cat(parts) for parts in zip(*finds, strict=True))
         if len(query):
-            self.above.index_add_(0, query, (value >= self.best[query]).long())
+            self.above.index_add_(0, query, ahead.long())
             self.near.insert(query, place, value)
 
-    def _first_look(self, block: Tensor, side: int, queries: slice, place: int, level: float) -> Tensor:
-        """The level above which a score is a find for each query, which are the rows (side 0) or the columns (1) of a block.
+    def _first_look(self, block: Tensor, side: int, queries: slice, place: int, level: float) -> tuple[Tensor, Tensor]:
+        """For each query, which are the rows (side 0) or the columns (1) of a block: the levels above which a score is a find, and
+        from which on a find is ahead of the query's best positive.
 
         What finds, which are above `level`, do not tell is taken here: of queries whose list reaches farther down, all; of those
         whose best positive is behind their list, how many are ahead of it.
         """
         least, best = self.near.level[queries, -1], self.best[queries]
         low = least <= level
-        behind = (low | (best <= least)).nonzero().flatten()
+        counted = low | (best <= least)
+        behind = counted.nonzero().flatten()
         if len(behind):
             picked = block.index_select(side, behind).round_()
             picked.sub_((best[behind] - 1).view(-1, 1) if side == 0 else best[behind] - 1).clamp_(0, 1)  # 1 if at least the best
@@ -525,7 +527,7 @@ class _Walk:
             picked = block.index_select(side, taken)
             value, where = (picked if side == 0 else picked.T.contiguous()).topk(min(self.negatives, block.shape[1 - side]))
             self.near.merge(queries.start + taken, value.round_(), where + place)
-        return torch.where(low, torch.inf, least)
+        return torch.where(low, torch.inf, least), torch.where(counted, torch.inf, best)
 
     def _above(self, levels: Tensor, level: float) -> Tensor:
         """Which of [E] levels are above this one."""
