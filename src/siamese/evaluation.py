@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from siamese._walk import NEIGHBOURS, Found, Ranks, walk
+from siamese._walk import NEIGHBOURS, Found, Ranks, step_of, walk
 from siamese.intervals import mean_interval, pair_intervals
 from siamese.protocols import fewshot
 
@@ -157,18 +157,13 @@ def evaluate(
         ValueError: if an embedding is not finite (names the rows), or if there are no two samples of a class or only one class.
     """
     labels = labels.to(embeddings.device)
-    for whose, side in (("", embeddings), ("gallery ", gallery[0] if gallery else embeddings)):
-        finite = side.isfinite().all(1)
-        if not finite.all():
-            rows = [ids[i] if ids and not whose else str(i) for i in (~finite).nonzero().flatten()[:5].tolist()]
-            raise ValueError(f"{int((~finite).sum())} of {len(finite)} {whose}embeddings are NaN or infinite, among them {', '.join(rows)}")
     if gallery:
         gallery = tuple(side.to(embeddings.device) for side in gallery)
+        check_judgeable(gallery[0], None, whose="gallery ")
         if not torch.isin(gallery[1], labels).any() or len(torch.cat([labels, gallery[1]]).unique()) < 2:
             raise ValueError("judging needs a query with a sample of its class, and one of another, in the gallery")
-    classes, counts = labels.unique(return_counts=True)
-    if not gallery and (len(labels) == 0 or counts.max() < 2 or len(classes) < 2):
-        raise ValueError(f"{len(labels)} samples of {len(classes)} classes: judging needs two classes, one of them with two samples")
+    check_judgeable(embeddings, None if gallery else labels, ids)
+    counts = labels.unique(return_counts=True)[1]
 
     found = walk(embeddings, labels, distance, gallery, progress=progress)
     figures, notes, curve = figures_of(found, recall_at, threshold)
@@ -209,6 +204,18 @@ def evaluate(
         sampled=sampled.numpy(),
         embeddings=embeddings[sampled.to(embeddings.device)].half().cpu().numpy(),
     )
+
+
+def check_judgeable(embeddings: Tensor, labels: Tensor | None, ids: list[str] | None = None, whose: str = "") -> None:
+    """Raises ValueError if an embedding is not finite, or if labels, when given, leave nothing to compare."""
+    finite = embeddings.isfinite().all(1)
+    if not finite.all():
+        rows = [ids[i] if ids else str(i) for i in (~finite).nonzero().flatten()[:5].tolist()]
+        raise ValueError(f"{int((~finite).sum())} of {len(finite)} {whose}embeddings are NaN or infinite, among them {', '.join(rows)}")
+    if labels is not None:
+        counts = labels.unique(return_counts=True)[1]
+        if len(labels) == 0 or counts.max() < 2 or len(counts) < 2:
+            raise ValueError(f"{len(labels)} samples of {len(counts)} classes: judging needs two classes, one of them with two samples")
 
 
 def figures_of(found: Found, recall_at: tuple[int, ...] = RECALL_AT, threshold: float | None = None, together: bool = False) -> tuple:
@@ -314,3 +321,48 @@ def _decimate(far: np.ndarray, tar: np.ndarray, points: int = 1000) -> np.ndarra
     marks = [(far, np.linspace(0, 1, points // 3)), (tar, np.linspace(0, 1, points // 3)), (far, np.logspace(-7, 0, points // 3))]
     rows = [np.searchsorted(curve, grid).clip(max=len(far) - 1) for curve, grid in marks]
     return np.unique(np.concatenate([*rows, [len(far) - 1]]))
+
+
+def evaluate_pairs(
+    scores: Tensor, same: Tensor, folds: Tensor | None = None, threshold: float | None = None
+) -> tuple[dict[str, float], list[str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Verification figures of a list of pairs, its notes and its ROC (far, tar, thresholds).
+
+    Args:
+        scores: float [P], higher is more alike; rounded to 2^-20 of the unit sphere's range, or to as many steps over a wider one.
+        same: bool [P].
+        folds: int64 [P], the fold of each pair. Adds accuracy_10fold, with as many folds as there are: the mean over folds of the
+            share of right answers, by the threshold that is best on the other folds; and its standard error, accuracy_10fold_se
+            (Huang et al. 2007, Labeled Faces in the Wild).
+        threshold: fitted on other pairs; None fits it here, at equal error.
+
+    Raises:
+        ValueError: a score is not finite (names its place); or there is no same, or no different, pair, in all or outside a fold.
+    """
+    scores, same = scores.double().cpu(), same.bool().cpu()
+    if not scores.isfinite().all():
+        rows = (~scores.isfinite()).nonzero().flatten()[:5].tolist()
+        raise ValueError(f"scores are NaN or infinite, among them {', '.join(map(str, rows))}")
+    for fold in [None] if folds is None else folds.unique().tolist():
+        rest = same if fold is None else same[folds.cpu() != fold]
+        if not rest.any() or rest.all():
+            raise ValueError(
+                f"{len(rest)} pairs{'' if fold is None else f' outside fold {fold}'}: some must be the same and some different"
+            )
+    step = max(2.0**-20, step_of((scores.max() - scores.min()).item()))
+    level, place = (scores / step).round().unique(return_inverse=True)
+    counts = [torch.bincount(place, kind.double(), len(level)).flip(0).numpy() for kind in (same, ~same)]
+    figures, notes = {}, []
+    curve = _verify(level.flip(0).numpy() * step, *counts, step, step, threshold, figures, notes)
+    if folds is not None:
+        folds, right = folds.cpu(), []
+        for fold in folds.unique():
+            inside = folds == fold
+            kinds = [torch.bincount(place[~inside], kind[~inside].double(), len(level)) for kind in (same, ~same)]
+            accepted = [kind.flip(0).cumsum(0).flip(0) for kind in kinds]  # from this level up
+            best = (accepted[0] + kinds[1].sum() - accepted[1]).argmax()
+            right.append(((place[inside] >= best) == same[inside]).double().mean())
+        right = torch.stack(right)
+        name = f"accuracy_{len(right)}fold"
+        figures |= {name: right.mean().item(), f"{name}_se": right.std().item() / len(right) ** 0.5}
+    return figures, notes, curve

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from siamese.bundle import Bundle
 from siamese.data.samples import Batch
 from siamese.encoders import part_of
-from siamese.evaluation import evaluate
 from siamese.losses import CrossBatchMemory
+from siamese.metrics import EmbeddingMetrics
 from siamese.miners import ScheduledMiner
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class SiameseModule(L.LightningModule):
         self.model, self.loss, self.miner, self.augmentation = model, loss, miner, augmentation
         self.make_optimizer, self.make_scheduler, self.rates, self.lr_factors = optimizer, scheduler, rates or {}, lr_factors or {}
         self.seed, self.config = seed, config or {}
-        self._val: list[tuple[Tensor, Tensor]] = []
+        self.metrics = EmbeddingMetrics(model.distance)
 
     def grouped_optimizer(self) -> torch.optim.Optimizer:
         """All weights, each once, in groups by their learning rate.
@@ -172,17 +172,16 @@ class SiameseModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         embeddings = self.model(batch.inputs)
         if dataloader_idx == 0:
-            self._val.append((embeddings.cpu(), batch.labels.cpu()))
+            self.metrics.update(embeddings, batch.labels)
             return
         with torch.autocast(self.device.type, enabled=False):
             loss = self.loss(embeddings, batch.labels, batch.tuples)
         self.log("val/loss", loss, batch_size=len(batch.inputs), add_dataloader_idx=False)
 
     def on_validation_epoch_end(self) -> None:
-        embeddings, labels = (torch.cat(parts) for parts in zip(*self._val, strict=True))
-        self._val.clear()
-        figures = evaluate(embeddings, labels, self.model.distance, ways=(), certainty=False).figures
-        self.log_dict({f"val/{name}": float(value) for name, value in figures.items()})
+        figures = self.metrics.compute()
+        self.metrics.reset()
+        self.log_dict({f"val/{name}": value.float() for name, value in figures.items()})
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["parts"], checkpoint["config"] = self.model.parts, self.config
