@@ -6,7 +6,7 @@ import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 
-from siamese import judging
+from siamese import judging, record
 from siamese.bundle import Bundle
 from siamese.data.module import SiameseData
 from siamese.data.samples import Samples, Source
@@ -139,3 +139,44 @@ def test_figures_carry_the_name_of_their_row():
     assert dict(judging.figures(results)) == {"val/auc": 0.5, "val/auc_ci95": [0.45, 0.55], "val/eer": 0.4, "test/auc": 0.6}
     assert judging.last_as("raw", results) == {"raw": results["test"]}
     assert judging.last_as("raw", {"val": results["val"]}) == {"raw": results["val"]}
+
+
+def test_watched_are_all_samples_of_as_many_fixed_classes_and_none_else(model):
+    source = Patterns(tested=False)
+    some = SiameseData(source, lambda samples, seed: balanced(samples, seed, 4, 2), seed=5, val_classes=3)
+    rows = torch.isin(some.val.labels, some.watched.labels.unique()).nonzero().flatten()
+    assert len(some.watched.labels.unique()) == 3
+    assert some.watched.ids == [some.val.ids[row] for row in rows]
+    assert (some.watched.inputs == some.val.inputs[rows]).all()
+    again = SiameseData(source, lambda samples, seed: balanced(samples, seed, 4, 2), seed=6, val_classes=3)
+    assert again.watched.ids == some.watched.ids, "the same in every run"
+    batches = [batch.labels for batch in some.val_dataloader()[0]]
+    assert torch.cat(batches).tolist() == some.watched.labels.tolist()
+    assert judging.judge(model, some, test=False)["val"].ids == some.val.ids, "the final figures are of all"
+    assert data(source).watched.ids == some.val.ids
+
+
+def test_watched_classes_can_be_judged(model):
+    """Classes of one sample come last: three of four would leave a single pair, or none."""
+    lone = patterns(8, 6, 1)[[*range(8), 8, 9]]
+    samples = Samples(lone.inputs, lone.labels, [f"{c}" for c in range(8)], [f"{i}" for i in range(10)])
+    some = data(Patterns(tested=False))
+    some.__dict__["val"], some.val_classes = samples, 2
+    assert some.watched.labels.bincount(minlength=8).tolist() == [2, 2, 0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("number", [1, 9, 2.5, True])
+def test_a_senseless_number_of_watched_classes_is_refused(number):
+    some = data(Patterns(tested=False))
+    some.val_classes = number
+    with pytest.raises(ValueError, match=f"val_classes={number} must be a whole number from 2 to 8"):
+        _ = some.watched
+
+
+def test_the_hardest_classes_are_named():
+    embeddings = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.05], [0.0, 1.0], [0.1, 1.0], [0.9, -0.1], [0.2, 1.0]])
+    result = evaluate(embeddings, torch.tensor([0, 0, 1, 2, 2, 1, 3]), CosineSimilarity(), ways=(), class_names=["a", "b", "c", "d"])
+    lowest, taken = record.hardest(result, most=2)
+    assert lowest.startswith("lowest map_at_r: b (0.00), a (0.00)") or lowest.startswith("lowest map_at_r: a (0.00), b (0.00)")
+    assert "d" not in lowest.removeprefix("lowest map_at_r")
+    assert taken == "nearest is another class: a for b (2 of 2), b for a (2 of 2)"
