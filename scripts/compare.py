@@ -117,7 +117,7 @@ def class_differences(row: list[dict], best: list[dict], figure: str) -> tuple[n
     if any(one["names"] != first["names"] or not np.array_equal(one["queries"], first["queries"]) for one in others):
         return None
     gap = np.mean([one[name] for one in sides[0]], 0) - np.mean([one[name] for one in sides[1]], 0)
-    asked = np.isfinite(gap) & (first["queries"] > 0)
+    asked = np.isfinite(gap)  # NaN where no query of the class can be answered
     return (first["queries"][asked], gap[asked]) if asked.sum() > 1 else None
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
-from scipy.stats import ttest_ind, ttest_rel
+from scipy.stats import t, ttest_ind, ttest_rel
 
 from scripts import compare
 from siamese.config import ROOT
@@ -234,14 +234,20 @@ def test_other_classes_or_other_queries_are_not_paired(judged):
     assert compare.compare(row, judged([{"0": [0.1, 0.8]}], [2, 2], ["a", "b"])[0], MAP).p is not None
 
 
-def test_the_spread_over_seeds_is_added_to_that_over_classes(judged):
-    # The classes agree, so that nothing but the seeds is left: paired where they are shared, Welch's test where they are not.
-    values, others = np.array([0.5, 0.6, 0.9]), np.array([0.4, 0.7, 0.55])
-    classes = np.ones(20)
-    rows = judged([dict(zip(seeds, np.outer(v, classes), strict=True)) for seeds, v in (("012", values), ("012", others))], [4] * 20)
-    assert compare.compare(*rows, MAP) == (pytest.approx(ttest_rel(values, others).pvalue), 20, 3, False)
-    rows = judged([dict(zip(seeds, np.outer(v, classes), strict=True)) for seeds, v in (("012", values), ("345", others))], [4] * 20)
-    assert compare.compare(*rows, MAP) == (pytest.approx(ttest_ind(values, others, equal_var=False).pvalue), 20, 0, True)
+@pytest.mark.parametrize(("others", "shared"), [("012", 3), ("345", 0), ("045", 0)])
+def test_seeds_are_paired_where_two_are_shared_and_else_their_spreads_are_added(judged, others, shared):
+    # The classes agree, so that nothing but the seeds is left: Student's paired test or Welch's.
+    values = [0.5, 0.6, 0.9], [0.4, 0.7, 0.55]
+    sides = [{seed: np.full(20, x) for seed, x in zip(*side, strict=True)} for side in zip(("012", others), values, strict=True)]
+    rows = judged(sides, [4] * 20)
+    known = ttest_rel(*values) if shared else ttest_ind(*values, equal_var=False)
+    assert compare.compare(*rows, MAP) == (pytest.approx(known.pvalue), 20, shared, not shared)
+
+
+def test_the_variances_over_classes_and_over_seeds_are_added(judged):
+    # By hand: the classes differ by 0.2 and 0.4, the seeds too, so each part is the square of their half distance, of 1 degree.
+    rows = judged([{"0": [0.5, 0.7], "1": [0.7, 0.9]}, {"0": [0.4, 0.4], "1": [0.4, 0.4]}], [3, 3])
+    assert compare.compare(*rows, MAP).p == pytest.approx(2 * t.sf(0.3 / math.sqrt(0.1**2 + 0.1**2), 2))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Protocols that ask questions of embeddings: few-shot and one-shot recognition, and open-set identification.
 
-Scores (higher is more alike) are compared in double precision after rounding to the step of `siamese._walk.Levels`, 2^-20 of
-the unit sphere's range. Ties are resolved against us: of equal scores, the different class ranks first.
+Scores (higher is more alike) are compared after rounding to the step of `siamese._walk.Levels`, 2^-20 on the unit sphere. Ties are
+resolved against us: of equal scores, the different class ranks first.
 """
 
 import torch
@@ -12,8 +12,8 @@ from siamese._walk import Levels, Ranks
 from siamese.distances import scores
 
 METHODS = ("prototype", "nearest")
-_GATHERED = 2**23  # numbers in double precision that are copied out at a time: 64 MB
-_SCORES = 2**22  # scores that are computed at a time, if the gallery is no larger than that
+_GATHERED = 2**21  # numbers in double precision that are copied out at a time: 16 MB, of which there are a few copies
+_SCORES = 2**22  # computed at a time, if the gallery is no larger than that
 
 
 @torch.no_grad()
@@ -54,17 +54,18 @@ def fewshot(
     labels = labels.cpu()
     query, support = _questions(labels, ways, shots, episodes, torch.Generator().manual_seed(seed))
     levels = Levels(distance, [embeddings], Ranks())
-    right = []
     size = max(1, _GATHERED // (ways * shots * embeddings.shape[1]))
-    for queries, supports in zip(query.split(size), support.split(size), strict=True):
-        asked, shown = (_precise(embeddings[rows.to(embeddings.device)], levels) for rows in (queries, supports))
+    # Made beforehand: small tensors that stay between the large ones that go would keep the memory from being used again.
+    right = torch.empty(episodes, dtype=torch.bool)
+    for queries, supports, answers in zip(query.split(size), support.split(size), right.split(size), strict=True):
+        asked, shown = (_ready(embeddings[rows.to(embeddings.device)], levels) for rows in (queries, supports))
         if method == "prototype" and shots > 1:
             shown = distance.maybe_normalize(shown.flatten(0, 2)).view_as(shown).mean(2, keepdim=True)
         # One query at a time suits every distance, and costs no more than a matrix product of the queries with all embeddings.
         score = torch.cat([scores(distance, one[None], rows.flatten(0, 1)) for one, rows in zip(asked, shown, strict=True)])
         level = (score / levels.step).round_().view(shown.shape[:3]).amax(2)
-        right.append((level[:, :1] > level[:, 1:]).all(1).cpu())
-    return torch.cat(right), labels[query]
+        answers.copy_((level[:, :1] > level[:, 1:]).all(1))
+    return right, labels[query]
 
 
 def _questions(labels: Tensor, ways: int, shots: int, episodes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -106,9 +107,9 @@ def _draw(below: Tensor, number: int, generator: torch.Generator) -> Tensor:
     return drawn
 
 
-def _precise(embeddings: Tensor, levels: Levels) -> Tensor:
-    """In double precision, moved to the centre where this changes no distance but makes its rounding smaller."""
-    return embeddings.double() if levels.centre is None else embeddings.double() - levels.centre
+def _ready(embeddings: Tensor, levels: Levels, dtype: torch.dtype = torch.float64) -> Tensor:
+    """In this precision, and moved to the centre where this changes no distance but makes its rounding smaller."""
+    return embeddings.to(dtype) if levels.centre is None else embeddings.to(dtype) - levels.centre
 
 
 @torch.no_grad()
@@ -121,7 +122,7 @@ def oneshot_error(runs: list[tuple[Tensor, Tensor, Tensor]], distance: Module) -
     wrong = total = 0
     for queries, supports, answer in runs:
         levels = Levels(distance, [queries, supports], Ranks())
-        level = (scores(distance, _precise(queries, levels), _precise(supports, levels)) / levels.step).round_()
+        level = (scores(distance, _ready(queries, levels), _ready(supports, levels)) / levels.step).round_()
         own = level.gather(1, answer[:, None].to(level.device))
         wrong += int(((level >= own).sum(1) > 1).sum())
         total += len(queries)
@@ -181,10 +182,10 @@ def _best(probes: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tenso
     """The highest level of each probe with its own class and with the others, float64 [P] each; -inf where there is none."""
     levels = Levels(distance, [probes, gallery], Ranks())
     found = []
-    size = max(1, _SCORES // len(gallery))
-    gallery = _precise(gallery, levels).to(levels.dtype)
+    size = max(1, _SCORES // max(gallery.shape))
+    gallery = _ready(gallery, levels, levels.dtype)
     for rows, of in zip(probes.split(size), labels.split(size), strict=True):
-        level = (scores(distance, _precise(rows, levels).to(levels.dtype), gallery) / levels.step).round_()
+        level = (scores(distance, _ready(rows, levels, levels.dtype), gallery) / levels.step).round_()
         same = of[:, None] == gallery_labels
         found.append(torch.stack([level.masked_fill(~same, -torch.inf).amax(1), level.masked_fill_(same, -torch.inf).amax(1)]))
     own, other = torch.cat(found, 1).double()
