@@ -19,6 +19,7 @@ Over several processes, each holds a part of the samples. Parts travel around th
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 import numpy as np
 import torch
@@ -107,8 +108,8 @@ class Levels:
     def __init__(self, distance: Module, sides: list[Tensor], ranks: Ranks):
         self.distance = distance
         euclidean = type(distance) is LpDistance and distance.p == 2 and distance.power == 1
-        product = type(distance) in (CosineSimilarity, DotProductSimilarity) and distance.p == 2 and distance.power == 1
-        self.kind = "euclidean" if euclidean else "product" if product else "other"
+        inner = type(distance) in (CosineSimilarity, DotProductSimilarity) and distance.p == 2 and distance.power == 1
+        self.kind = "euclidean" if euclidean else "product" if inner else "other"
         self.normalized = distance.normalize_embeddings and self.kind != "other"
         total = [int(ranks.reduce(torch.tensor(len(side), device=side.device))) for side in sides]
         precise = total[0] * total[-1] <= _PRECISE
@@ -129,16 +130,20 @@ class Levels:
     def _range(self, sides: list[Tensor], ranks: Ranks) -> tuple[float, float]:
         """Ends between which all scores lie, found without comparing samples, but for a distance that nothing is known of."""
         if isinstance(self.distance, LearnedDistance):
-            ends = [self.distance.maybe_normalize(block.to(self.dtype)) for side in sides for block in side.split(_ROWS)]
-            top = ranks.reduce(torch.stack([block.amax(0) for block in ends]).amax(0), "MAX")
-            bottom = ranks.reduce(torch.stack([block.amin(0) for block in ends]).amin(0), "MIN")
+            top = sides[0].new_full(sides[0].shape[1:], -torch.inf, dtype=self.dtype)
+            bottom = -top
+            for block in (block for side in sides if len(side) for block in side.split(_ROWS)):
+                block = self.distance.maybe_normalize(block.to(self.dtype))
+                top, bottom = torch.maximum(top, block.amax(0)), torch.minimum(bottom, block.amin(0))
+            top, bottom = ranks.reduce(top, "MAX"), ranks.reduce(bottom, "MIN")
             return -self.distance.bound(top - bottom), 0.0
         if self.kind == "other":
             low, high = torch.inf, -torch.inf
             for held in ranks.gather(sides[-1]):
-                for rows in sides[0].split(_ROWS):
-                    block = scores(self.distance, rows.to(self.dtype), held.to(self.dtype))
-                    low, high = min(low, block.min().item()), max(high, block.max().item())
+                for rows, columns in product(sides[0].split(_ROWS), held.split(_COLUMNS)):
+                    if len(rows) and len(columns):
+                        block = scores(self.distance, rows.to(self.dtype), columns.to(self.dtype))
+                        low, high = min(low, block.min().item()), max(high, block.max().item())
             ends = ranks.reduce(torch.tensor([-low, high], dtype=torch.float64, device=sides[0].device), "MAX").tolist()
             return -ends[0], ends[1]
         if self.kind == "euclidean":
@@ -146,7 +151,7 @@ class Levels:
             self.centre = ranks.reduce(sum(side.sum(0, dtype=torch.float64) for side in sides)) / count
         far = [0.0] * 2
         for place, side in enumerate(sides):
-            for block in side.split(_ROWS):
+            for block in side.split(_ROWS) if len(side) else ():
                 block = block.double() if self.centre is None else block.double() - self.centre
                 far[place] = max(far[place], block.norm(dim=1).max().item())
         far = ranks.reduce(torch.tensor(far, device=sides[0].device, dtype=torch.float64), "MAX").tolist()
