@@ -1,10 +1,10 @@
 """The torchmetrics are the figures of `evaluate`, however the samples come: in batches, merged, or over processes."""
 
 import copy
+import datetime
+import multiprocessing
+import os
 import pickle
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -17,9 +17,12 @@ from test_evaluation import clusters
 from torch.nn.functional import normalize
 from torchmetrics.classification import BinaryAUROC
 
+from siamese.bundle import Bundle
+from siamese.data.samples import Batch
 from siamese.distances import LearnedDistance
 from siamese.evaluation import evaluate, evaluate_pairs
 from siamese.metrics import EmbeddingMetrics, PairMetrics
+from siamese.module import SiameseModule
 
 
 def plain(figures: dict) -> dict[str, float]:
@@ -55,8 +58,23 @@ def test_copies_and_merged_halves_give_the_figures_of_the_whole(expected):
     for copied in (whole.clone(), copy.deepcopy(whole), pickle.loads(pickle.dumps(whole))):
         assert plain(copied.compute()) == pytest.approx(figures, abs=1e-12)
     one, other = fed(embeddings[:80], labels[:80]), fed(embeddings[80:], labels[80:])
+    assert plain(one.compute()) != figures
     one.merge_state(other)
     assert plain(one.compute()) == pytest.approx(figures, abs=1e-12)
+    assert torch.equal(torch.cat(one.labels), labels)
+
+
+def test_a_clone_shares_the_distance_and_a_copy_of_a_model_has_its_own():
+    model, (embeddings, labels) = Model(), clusters(60, 6)
+    pair = torch.nn.ModuleDict({"metrics": model.metrics, "distance": model.distance})
+    cloned, copied = model.metrics.clone(), copy.deepcopy(pair)
+    torch.nn.init.constant_(copied["distance"].weight[1:].detach(), 0.0)
+    every = (model.metrics, cloned, copied["metrics"])
+    before, same, without = (one.update(embeddings, labels) or plain(one.compute()) for one in every)
+    assert before == same
+    assert before != without
+    torch.nn.init.constant_(model.distance.weight[1:].detach(), 0.0)
+    assert plain(model.metrics.compute()) == plain(cloned.compute()) == without
 
 
 def test_any_k_may_be_asked(expected):
@@ -76,6 +94,7 @@ def test_of_a_sample_that_comes_again_the_first_counts(expected):
     assert plain(metrics.compute()) == pytest.approx(figures, abs=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:The ``compute`` method")
 def test_what_cannot_be_judged_is_named():
     metrics = EmbeddingMetrics(CosineSimilarity())
     metrics.update(torch.tensor([[1.0, 0.0], [torch.nan, 1.0]]), torch.tensor([0, 0]), torch.tensor([30, 41]))
@@ -85,6 +104,28 @@ def test_what_cannot_be_judged_is_named():
     metrics.update(torch.eye(3), torch.arange(3))
     with pytest.raises(ValueError, match="two samples"):
         metrics.compute()
+    metrics.update(torch.eye(3), torch.arange(3), torch.tensor([5, 5, 5]))
+    metrics.update(torch.full((2, 3), torch.inf), torch.tensor([7, 7]), torch.tensor([5, -1]))
+    with pytest.raises(ValueError, match=r"1 of 5 .* 7$"):  # three without numbers, one of number 5, and the eighth
+        metrics.compute()
+    for numbers in (None, torch.arange(2)):
+        with pytest.raises(ValueError, match=r"\[3, 3\], \[2\]"):
+            metrics.update(torch.eye(3), torch.arange(2), numbers)
+    with pytest.raises(ValueError, match="0 samples of 0 classes"):
+        EmbeddingMetrics(CosineSimilarity()).compute()
+    pairs = PairMetrics()
+    with pytest.raises(ValueError, match="0 pairs"):
+        pairs.compute()
+    with pytest.raises(ValueError, match=r"\[2\] and \[3\]"):
+        pairs.update(torch.rand(2), torch.tensor([True, False, True]))
+
+
+def test_names_take_a_prefix(expected):
+    embeddings, labels, figures = expected
+    assert fed(embeddings, labels, prefix="val/").compute().keys() == {f"val/{name}" for name in figures}
+    pairs = PairMetrics(prefix="lfw/", threshold=0.5)
+    pairs(torch.rand(8).requires_grad_(), torch.arange(8) < 4)
+    assert pairs.compute()["lfw/threshold"] == 0.5
 
 
 class Model(L.LightningModule):
@@ -122,6 +163,31 @@ def test_in_a_module_of_ones_own_they_follow_the_distance_and_add_nothing_to_its
     assert model.seen[0][0] != model.seen[1][0]
 
 
+class Stops(L.Callback):
+    def on_validation_batch_end(self, *_):
+        raise RuntimeError("stopped")
+
+
+def test_the_validation_of_a_run_is_evaluate_even_after_one_that_was_interrupted(tmp_path):
+    embeddings, labels = clusters(90, 6)
+    encoder = {"_target_": "siamese.encoders.MLP", "input_shape": [embeddings.shape[1]], "hidden": [8], "embedding_size": 6}
+    parts = {"distance": {"_target_": "siamese.distances.LearnedDistance"}, "preprocessing": {"_target_": "torch.nn.Identity"}}
+    module = SiameseModule(Bundle({"encoder": encoder, **parts}, trust=("torch",)), torch.nn.Identity())
+    keys = set(module.state_dict())
+    batches = [Batch(embeddings[rows], labels[rows], None) for rows in torch.arange(90).split(40)]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    with pytest.raises(RuntimeError, match="stopped"):
+        L.Trainer(**options, default_root_dir=tmp_path, callbacks=[Stops()]).validate(module, loader, verbose=False)
+    assert sum(map(len, module.metrics.labels)) == 40, "else this test tests nothing"
+    found = L.Trainer(**options, default_root_dir=tmp_path).validate(module, loader, verbose=False)[0]
+    embedded = torch.cat([module.eval().model(batch.inputs) for batch in batches])
+    figures = evaluate(embedded, labels, module.model.distance, ways=(), certainty=False).figures
+    assert found == {f"val/{name}": float(np.float32(value)) for name, value in figures.items()}
+    assert set(module.state_dict()) == keys == {f"model.{name}" for name in module.model.state_dict()}
+    assert module.metrics.labels == []
+
+
 def test_scores_outside_0_and_1_are_taken_as_they_are():
     """torchmetrics passes a batch with a negative score through a sigmoid, and one without not: sorted batches end in disorder."""
     embeddings, labels = clusters(150, 12, noise=0.6)
@@ -142,15 +208,21 @@ def test_scores_outside_0_and_1_are_taken_as_they_are():
     assert figures == pytest.approx({name: whole[name] for name in figures}, abs=1e-5)
 
 
-def test_the_accuracy_over_folds_is_that_of_loops():
+@pytest.mark.parametrize("kind", ["ties", "no ties", "few same"])
+def test_the_accuracy_over_folds_is_that_of_loops(kind):
     generator = torch.Generator().manual_seed(0)
     same, folds = torch.rand(300, generator=generator) < 0.4, torch.arange(300) % 10
-    scores = (same + torch.randn(300, generator=generator)).mul(4).round() / 4  # with many ties
+    if kind == "few same":
+        same = torch.arange(300) % 37 == 0
+    scores = same + torch.randn(300, generator=generator)
+    if kind == "ties":
+        scores = scores.mul(4).round() / 4
     rates = []
     for fold in range(10):
         inside = folds == fold
-        choices = [((scores[~inside] >= t) == same[~inside]).float().mean().item() for t in scores[~inside].unique()]
-        threshold = scores[~inside].unique()[int(np.argmax(choices))]
+        thresholds = [*scores[~inside].unique(), torch.tensor(torch.inf)]
+        choices = [((scores[~inside] >= t) == same[~inside]).double().mean().item() for t in thresholds]
+        threshold = thresholds[int(np.argmax(choices))]
         rates.append(((scores[inside] >= threshold) == same[inside]).double().mean().item())
     figures, notes, (far, tar, _) = evaluate_pairs(scores, same, folds)
     assert figures["accuracy_10fold"] == pytest.approx(np.mean(rates))
@@ -159,12 +231,24 @@ def test_the_accuracy_over_folds_is_that_of_loops():
     assert any(note.startswith("tar_at_far_1e2") for note in notes)
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_scale_of_scores_does_not_matter_but_what_rounding_tells_apart_is_equal(scale):
+    embeddings, labels = clusters(100, 8)
+    left, right = np.triu_indices(100, 1)
+    scores, same = -torch.cdist(embeddings, embeddings)[left, right], labels[left] == labels[right]
+    assert evaluate_pairs(scores * scale, same)[0]["auc"] == pytest.approx(roc_auc_score(same, scores), abs=1e-5)
+    alike = torch.nn.Parameter(torch.where(same, 1 + 1e-7, 1.0) * scale)
+    assert evaluate_pairs(alike, same)[0]["auc"] == 0.5
+
+
 @pytest.mark.parametrize(
     ("scores", "same", "folds", "said"),
     [
         ([0.1, 0.2], [True, True], None, "some must be the same and some different"),
         ([0.1, float("nan")], [True, False], None, "among them 1"),
         ([0.1, 0.2, 0.3], [True, False, False], [0, 1, 1], "outside fold 0"),
+        ([0.1, 0.2], [True, False], [3, 3], "0 pairs outside fold 3"),
+        ([0.1, 0.2], [True, False], [0, 1, 1], "one of each"),
     ],
 )
 def test_pairs_that_tell_nothing_are_refused(scores, same, folds, said):
@@ -172,40 +256,70 @@ def test_pairs_that_tell_nothing_are_refused(scores, same, folds, said):
         evaluate_pairs(torch.tensor(scores), torch.tensor(same), None if folds is None else torch.tensor(folds))
 
 
-WORKER = """
-import sys, torch, torch.distributed as dist
-sys.path.insert(0, sys.argv[5])
-from test_evaluation import clusters
-from pytorch_metric_learning.distances import CosineSimilarity
-from siamese.metrics import EmbeddingMetrics, PairMetrics
-torch.set_num_threads(1)
-rank, world, port, to = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4]
-dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-embeddings, labels = clusters(170, 12)
-rows = [*range(rank, 170, world), *[0] * (rank > 0)]  # as a DistributedSampler shares them, and one sample again
-metrics, pairs = EmbeddingMetrics(CosineSimilarity()), PairMetrics()
-for some in torch.tensor(rows).split(30):
-    metrics.update(embeddings[some], labels[some], some)
-held = sum(map(len, metrics.embeddings))
-mine = torch.arange(170)[rank::world]
-pairs.update(embeddings[mine, 0], labels[mine] < 5)
-figures = {**metrics.compute(), **{f"pair {name}": value for name, value in pairs.compute().items()}}
-assert sum(map(len, metrics.embeddings)) == held == len(rows)
-torch.save({name: float(value) for name, value in figures.items()}, f"{to}/{world}-{rank}.pt")
-dist.destroy_process_group()
-"""
+def worker(rank: int, world: int, folder: Path) -> None:
+    """One process; what it finds it leaves in a file."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    patience = datetime.timedelta(seconds=20)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/{world}", patience, world, rank)
+    embeddings, labels = clusters(170, 12)
+    mine = torch.arange(170)[rank::world]
+    rows = torch.cat([mine, torch.zeros(rank, dtype=torch.int64)])  # as a DistributedSampler shares them, and one sample again
+
+    metrics, found = EmbeddingMetrics(CosineSimilarity()), {}
+    for some in rows.split(30):
+        metrics.update(embeddings[some] * (1 if rank == 0 else 1 - 2 * (some == 0).float()[:, None]), labels[some], some)
+    metrics.sync()
+    found["shared out"] = plain(metrics.compute())
+    metrics.unsync()
+    assert sum(map(len, metrics.embeddings)) == len(rows), "embeddings stay where they are"
+
+    metrics.reset()
+    for some in mine.split(60 if rank else 25):  # more batches on one rank than on the others, and no figures of each
+        assert metrics(embeddings[some], labels[some]) is None
+    found["no numbers"] = plain(metrics.compute())
+    if rank == 0:
+        metrics.update(embeddings[:1], labels[:1])
+    found["one more"] = plain(metrics.compute())
+
+    idle, pairs = EmbeddingMetrics(CosineSimilarity()), PairMetrics()
+    if rank < world - 1 or world == 1:  # the last has nothing
+        share = torch.arange(170)[rank :: max(world - 1, 1)]
+        idle.update(embeddings[share].bfloat16(), labels[share])
+        pairs.update(embeddings[share, 0], labels[share] < 5)
+    found["idle"], found["pairs"] = plain(idle.compute()), plain(pairs.compute())
+    found["pairs again"] = plain(pairs.compute())
+
+    for numbers in (None, mine):
+        idle.reset()
+        idle.update(torch.where(mine == world - 1, torch.nan, embeddings[mine].T).T, labels[mine], numbers)
+        with pytest.raises(ValueError, match="1 of 170") as raised:
+            idle.compute()
+        found[f"said {numbers is None}"] = str(raised.value).rpartition("among them ")[2]
+    torch.save(found, folder / f"{world}-{rank}.pt")
+    torch.distributed.destroy_process_group()
 
 
-def test_over_processes_the_figures_are_those_of_one(expected, tmp_path):
-    for world in (1, 2, 3):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
-        arguments = [str(world), port, str(tmp_path), str(Path(__file__).parent)]
-        started = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), *arguments]) for rank in range(world)]
-        assert [process.wait(120) for process in started] == [0] * world
-    found = {path.stem: torch.load(path) for path in tmp_path.iterdir()}
-    assert len(found) == 6
-    for figures in found.values():
-        assert figures == pytest.approx(found["1-0"], abs=1e-12)
-    assert {name: value for name, value in found["1-0"].items() if "pair" not in name} == pytest.approx(expected[2], abs=1e-12)
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_over_processes_the_figures_are_those_of_one_and_all_raise_what_one_must(expected, tmp_path, world):
+    embeddings, labels, figures = expected
+    server = multiprocessing.get_context("forkserver")  # which conftest has made ready
+    started = [server.Process(target=worker, args=(rank, world, tmp_path)) for rank in range(world)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+        process.kill()  # one that still waits for another
+        process.join()
+    assert [process.exitcode for process in started] == [0] * world
+    all_found = [torch.load(tmp_path / f"{world}-{rank}.pt") for rank in range(world)]
+    assert all(found == all_found[0] for found in all_found)
+    found = all_found[0]
+    assert found["shared out"] == pytest.approx(figures, abs=1e-12)
+    assert found["no numbers"] == pytest.approx(figures, abs=1e-12)
+    rows = torch.tensor([*range(170), 0])
+    assert found["one more"] == pytest.approx(plain(fed(embeddings[rows], labels[rows]).compute()), abs=1e-12)
+    assert found["idle"] == pytest.approx(plain(fed(embeddings.bfloat16(), labels).compute()), abs=1e-12)
+    assert found["pairs"] == found["pairs again"] == pytest.approx(evaluate_pairs(embeddings[:, 0], labels < 5)[0], abs=1e-12)
+    assert found["said True"] == ("0" if world == 1 else f"0 of rank {world - 1}")
+    assert found["said False"] == str(world - 1)

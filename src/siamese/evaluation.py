@@ -329,38 +329,43 @@ def evaluate_pairs(
     """Verification figures of a list of pairs, its notes and its ROC (far, tar, thresholds).
 
     Args:
-        scores: float [P], higher is more alike; rounded to 2^-20 of the unit sphere's range, or to as many steps over a wider one.
+        scores: float [P], higher is more alike; compared in steps of which 2^20 to 2^21 are from the lowest to the highest of them
+            and 0. So scores that rounding in single precision tells apart are equal, and their scale does not matter.
         same: bool [P].
         folds: int64 [P], the fold of each pair. Adds accuracy_10fold, with as many folds as there are: the mean over folds of the
-            share of right answers, by the threshold that is best on the other folds; and its standard error, accuracy_10fold_se
-            (Huang et al. 2007, Labeled Faces in the Wild).
+            share of right answers, by the threshold that is best on the other folds, the lowest of their scores that is, or none
+            accepted; and its standard error, accuracy_10fold_se (Huang et al. 2007, Labeled Faces in the Wild).
         threshold: fitted on other pairs; None fits it here, at equal error.
 
     Raises:
-        ValueError: a score is not finite (names its place); or there is no same, or no different, pair, in all or outside a fold.
+        ValueError: a score is not finite (names its place); there is no same, or no different, pair, in all or outside a fold; or
+            shapes do not fit.
     """
-    scores, same = scores.double().cpu(), same.bool().cpu()
+    scores, same, folds = scores.detach().cpu().double(), same.bool().cpu(), None if folds is None else folds.cpu()
+    if scores.ndim != 1 or not scores.shape == same.shape == (same if folds is None else folds).shape:
+        raise ValueError("scores, same and folds are [P], one of each for every pair")
     if not scores.isfinite().all():
         rows = (~scores.isfinite()).nonzero().flatten()[:5].tolist()
         raise ValueError(f"scores are NaN or infinite, among them {', '.join(map(str, rows))}")
     for fold in [None] if folds is None else folds.unique().tolist():
-        rest = same if fold is None else same[folds.cpu() != fold]
+        rest = same if fold is None else same[folds != fold]
         if not rest.any() or rest.all():
             raise ValueError(
                 f"{len(rest)} pairs{'' if fold is None else f' outside fold {fold}'}: some must be the same and some different"
             )
-    step = max(2.0**-20, step_of((scores.max() - scores.min()).item()))
+    step = step_of(max(scores.max().item(), 0.0) - min(scores.min().item(), 0.0))
     level, place = (scores / step).round().unique(return_inverse=True)
     counts = [torch.bincount(place, kind.double(), len(level)).flip(0).numpy() for kind in (same, ~same)]
     figures, notes = {}, []
     curve = _verify(level.flip(0).numpy() * step, *counts, step, step, threshold, figures, notes)
     if folds is not None:
-        folds, right = folds.cpu(), []
+        right = []
         for fold in folds.unique():
             inside = folds == fold
             kinds = [torch.bincount(place[~inside], kind[~inside].double(), len(level)) for kind in (same, ~same)]
             accepted = [kind.flip(0).cumsum(0).flip(0) for kind in kinds]  # from this level up
-            best = (accepted[0] + kinds[1].sum() - accepted[1]).argmax()
+            correct = (accepted[0] + kinds[1].sum() - accepted[1]).where(kinds[0] + kinds[1] > 0, -1)  # at scores that they have
+            best = torch.cat([correct, kinds[1].sum()[None]]).argmax()
             right.append(((place[inside] >= best) == same[inside]).double().mean())
         right = torch.stack(right)
         name = f"accuracy_{len(right)}fold"

@@ -8,108 +8,183 @@
 Unlike torchmetrics' own curves, which pass anything outside 0..1 through a sigmoid batch by batch, scores are taken as they are.
 """
 
+import copy
+import itertools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
 
 from siamese._walk import Ranks, walk
 from siamese.evaluation import RECALL_AT, check_judgeable, evaluate_pairs, figures_of
 
 
-class EmbeddingMetrics(Metric):
+class _Kept(Metric):
+    """Keeps all it is given, in lists, on the device it came from, and out of `state_dict`.
+
+    Nothing is cached: a rank that had been given nothing since would not take part when the others compute again.
+    """
+
+    full_state_update = False
+    higher_is_better = None
+    is_differentiable = False
+
+    def __init__(self, prefix: str, *states: str):
+        super().__init__(compute_with_cache=False)
+        self.prefix = prefix
+        for name in states:
+            self.add_state(name, default=[], dist_reduce_fx="cat")
+
+    def forward(self, *args, **kwargs) -> None:
+        """`update`, and no more: one batch has other figures than the whole, or none."""
+        self.update(*args, **kwargs)
+
+    def merge_state(self, incoming_state: dict | Metric) -> None:
+        """As in torchmetrics, but what is merged comes after what is here."""
+        own = self.metric_state
+        super().merge_state(incoming_state)
+        for name, kept in own.items():
+            merged = getattr(self, name)
+            setattr(self, name, kept + merged[: len(merged) - len(kept)])
+
+    def _named(self, figures: dict[str, float], device: torch.device) -> dict[str, Tensor]:
+        options = {"dtype": torch.float64, "device": _precise(device)}
+        return {f"{self.prefix}{name}": torch.tensor(value, **options) for name, value in figures.items()}
+
+
+class EmbeddingMetrics(_Kept):
     """All figures of retrieval and of verification, every sample a query against all the others.
 
     `update(embeddings, labels, indices=None)`: float [B, D], int64 [B], and the samples' numbers in the data set, int64 [B]. A
     `DistributedSampler` repeats samples to make the ranks' shares even: of a number that comes again, on any rank, the first counts.
-    `compute()`: name -> value, float64; see `siamese.evaluation.evaluate`.
+    `compute()`: name -> value, float64; see `siamese.evaluation.evaluate`. `clone()` shares the distance, as it may be in training;
+    `copy.deepcopy` and pickle copy it.
 
     Over several processes every rank keeps the embeddings that it was given; they compute together, so all must call `compute`.
 
     Args:
         distance: the one the embeddings were trained with. It is the caller's, and its weights are not in this metric's state.
         recall_at: each K of recall_at_K.
+        prefix: of the figures' names.
 
     Raises:
-        ValueError: from `compute`, an embedding is not finite (names its number), or there is nothing to compare.
+        ValueError: from `update`, shapes do not fit. From `compute`, on every rank, an embedding is not finite (names its number, or
+            where it came), or there is nothing to compare.
     """
 
-    full_state_update = False
-    higher_is_better = None
-
-    def __init__(self, distance: Module, recall_at: tuple[int, ...] = RECALL_AT):
-        super().__init__(sync_on_compute=False)
+    def __init__(self, distance: Module, recall_at: tuple[int, ...] = RECALL_AT, prefix: str = ""):
+        super().__init__(prefix, "embeddings", "labels", "indices")
         self._distance = (distance,)  # in a tuple it is no submodule: the model that it belongs to saves and moves it
         self.recall_at = recall_at
-        for name in ("embeddings", "labels", "indices"):
-            self.add_state(name, default=[], dist_reduce_fx="cat")
 
     def update(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
+        indices = torch.full_like(labels, -1) if indices is None else indices
+        if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1] or indices.shape != labels.shape:
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in (embeddings, labels, indices))
+            raise ValueError(f"embeddings, labels and indices are [B, D], [B] and [B], not {shapes}")
         self.embeddings.append(embeddings.detach())
         self.labels.append(labels.detach().to(embeddings.device))
-        missing = torch.full_like(labels, -1) if indices is None else indices
-        self.indices.append(missing.to(embeddings.device))
+        self.indices.append(indices.detach().to(embeddings.device))
 
     @torch.no_grad()
     def compute(self) -> dict[str, Tensor]:
-        ranks = Ranks(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
-        embeddings, labels, indices = self._gathered(ranks)
-        first = self._first_of_each(indices, ranks)
-        embeddings, labels, indices = embeddings[first], labels[first], indices[first]
-        names = [str(index) for index in indices.tolist()] if (indices >= 0).all() else None
-        check_judgeable(embeddings, torch.cat(ranks.gather(labels)), names)
-        found = walk(embeddings, labels, self._distance[0], together=ranks.size > 1)
-        figures = figures_of(found, self.recall_at, together=ranks.size > 1)[0]
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
+        ranks = Ranks(dist.is_available() and dist.is_initialized())
+        embeddings, labels, indices = self._whole(ranks)
+        numbers = ranks.gather(indices)
+        firsts = _first_of_each(torch.cat(numbers)).split([len(part) for part in numbers])
+        if not firsts[ranks.rank].all():
+            embeddings, labels = embeddings[firsts[ranks.rank]], labels[firsts[ranks.rank]]
+        # All ranks learn of what is wrong on one of them: else they would wait for it.
+        flaws = torch.cat(ranks.gather(torch.where(embeddings.isfinite().all(1), 0.0, torch.nan)))
+        names = _names(numbers, firsts) if flaws.isnan().any() else None
+        check_judgeable(flaws[:, None], torch.cat(ranks.gather(labels)), names)
+        found = walk(embeddings, labels, self._distance_on(embeddings.device), together=ranks.size > 1)
+        return self._named(figures_of(found, self.recall_at, together=ranks.size > 1)[0], embeddings.device)
 
-    def _gathered(self, ranks: Ranks) -> list[Tensor]:
-        """The states as one tensor each; a rank that was given nothing learns the embeddings' size from the others."""
-        states = [self.embeddings, self.labels, self.indices]
-        states = [torch.cat(list(state)) if isinstance(state, list) and state else state for state in states]
-        size = ranks.reduce(torch.tensor(states[0].shape[1] if isinstance(states[0], Tensor) else 0, device=self.device), "MAX")
-        empty = [torch.empty(0, int(size), device=self.device), *[torch.empty(0, dtype=torch.int64, device=self.device)] * 2]
-        return [state if isinstance(state, Tensor) else nothing for state, nothing in zip(states, empty, strict=True)]
+    def sync(self, *args, **kwargs) -> None:
+        """Nothing: embeddings stay on their ranks."""
 
-    @staticmethod
-    def _first_of_each(indices: Tensor, ranks: Ranks) -> Tensor:
-        """Which samples of this rank have a number that has not come before, on this rank or on an earlier one; or have none."""
-        parts = ranks.gather(indices)
-        everything = torch.cat(parts)
-        order = everything.argsort(stable=True)
-        again = torch.zeros(len(everything), dtype=torch.bool, device=indices.device)
-        again[order[1:]] = everything[order[1:]] == everything[order[:-1]]
-        start = sum(map(len, parts[: ranks.rank]))
-        return ~again[start : start + len(indices)] | (indices < 0)
+    def unsync(self, *args, **kwargs) -> None:
+        """Nothing either."""
+
+    def clone(self) -> "EmbeddingMetrics":
+        return copy.deepcopy(self, {id(self._distance[0]): self._distance[0]})
+
+    def _distance_on(self, device: torch.device) -> Module:
+        distance = self._distance[0]
+        elsewhere = any(tensor.device != device for tensor in itertools.chain(distance.parameters(), distance.buffers()))
+        return copy.deepcopy(distance).to(device) if elsewhere else distance
+
+    def _whole(self, ranks: Ranks) -> list[Tensor]:
+        """The states as one tensor each; a rank that was given nothing learns from the others what embeddings are like."""
+        device = self.embeddings[0].device if self.embeddings else self.device
+        size = max((part.shape[1] for part in self.embeddings), default=0)
+        double = any(part.dtype == torch.float64 for part in self.embeddings)
+        size, double = ranks.reduce(torch.tensor([size, double], device=device), "MAX").tolist()
+        device = _precise(device)
+        empty = torch.empty(0, size, device=device, dtype=torch.float64 if double else torch.float32)
+        nothing = torch.empty(0, device=device, dtype=torch.int64)
+        states = ((empty, self.embeddings), (nothing, self.labels), (nothing, self.indices))
+        return [torch.cat([kind, *(part.to(kind) for part in parts)]) for kind, parts in states]
 
 
-class PairMetrics(Metric):
+def _precise(device: torch.device) -> torch.device:
+    """This one, if it has double precision."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def _first_of_each(numbers: Tensor) -> Tensor:
+    """int64 [N] -> bool [N]: which have not come before, or are negative, which is none."""
+    order = numbers.argsort(stable=True)
+    again = torch.zeros(len(numbers), dtype=torch.bool, device=numbers.device)
+    again[order[1:]] = numbers[order[1:]] == numbers[order[:-1]]
+    return ~again | (numbers < 0)
+
+
+def _names(numbers: list[Tensor], firsts: tuple[Tensor, ...]) -> list[str]:
+    """Of the samples of all ranks that count: their numbers, or, of those that have none, where they came."""
+    names = []
+    for rank, (part, first) in enumerate(zip(numbers, firsts, strict=True)):
+        where = f" of rank {rank}" if len(numbers) > 1 else ""
+        names += [f"{row}{where}" if part[row] < 0 else str(int(part[row])) for row in first.nonzero().flatten().tolist()]
+    return names
+
+
+class PairMetrics(_Kept):
     """Figures of verification of a list of pairs: auc, eer, tar_at_far_..., average_precision, best_f1, threshold, accuracy.
 
-    `update(scores, same)`: float [B], higher is more alike, and bool [B]. `compute()`: name -> value, float64.
+    `update(scores, same)`: float [B], higher is more alike, and bool [B]. `compute()`: name -> value, float64. Over several processes
+    all pairs are gathered on each; pairs that a sampler repeated count again.
 
     Args:
         threshold: from which a pair counts as the same, fitted on other pairs; None fits it here, at equal error.
+        prefix: of the figures' names.
 
     Raises:
-        ValueError: from `compute`, a score is not finite (names its place), or all pairs are the same, or different.
+        ValueError: from `update`, shapes do not fit. From `compute`, a score is not finite (names its place), or all pairs are the
+            same, or different.
     """
 
-    full_state_update = False
-    higher_is_better = None
-
-    def __init__(self, threshold: float | None = None):
-        super().__init__()
+    def __init__(self, threshold: float | None = None, prefix: str = ""):
+        super().__init__(prefix, "scores", "same")
         self.threshold = threshold
-        self.add_state("scores", default=[], dist_reduce_fx="cat")
-        self.add_state("same", default=[], dist_reduce_fx="cat")
 
     def update(self, scores: Tensor, same: Tensor) -> None:
-        self.scores.append(scores.detach().double())
+        if scores.ndim != 1 or same.shape != scores.shape:
+            raise ValueError(f"scores and same are [B] both, not {list(scores.shape)} and {list(same.shape)}")
+        self.scores.append(scores.detach())
         self.same.append(same.detach().bool().to(scores.device))
 
     def compute(self) -> dict[str, Tensor]:
-        states = [torch.cat(list(state)) if isinstance(state, list) and state else state for state in (self.scores, self.same)]
-        scores, same = (state if isinstance(state, Tensor) else torch.empty(0) for state in states)
-        figures = evaluate_pairs(scores, same.bool(), threshold=self.threshold)[0]
-        return {name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()}
+        scores, same = (dim_zero_cat(state) if len(state) else torch.empty(0, device=self.device) for state in (self.scores, self.same))
+        return self._named(evaluate_pairs(scores, same, threshold=self.threshold)[0], scores.device)
+
+    def sync(self, *args, **kwargs) -> None:
+        if isinstance(self.scores, list) and self.distributed_available_fn():
+            # What is gathered must have one type on all ranks, those without pairs too.
+            empty = torch.empty(0, dtype=torch.float64, device=self.scores[0].device if self.scores else self.device)
+            self.scores, self.same = [torch.cat([empty, *self.scores])], [torch.cat([empty.bool(), *self.same])]
+        super().sync(*args, **kwargs)

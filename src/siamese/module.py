@@ -59,7 +59,7 @@ class SiameseModule(L.LightningModule):
         self.model, self.loss, self.miner, self.augmentation = model, loss, miner, augmentation
         self.make_optimizer, self.make_scheduler, self.rates, self.lr_factors = optimizer, scheduler, rates or {}, lr_factors or {}
         self.seed, self.config = seed, config or {}
-        self.metrics = EmbeddingMetrics(model.distance)
+        self.metrics = EmbeddingMetrics(model.distance, prefix="val/")
 
     def grouped_optimizer(self) -> torch.optim.Optimizer:
         """All weights, each once, in groups by their learning rate.
@@ -169,6 +169,9 @@ class SiameseModule(L.LightningModule):
         self.log_dict(figures, batch_size=len(inputs))
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.reset()  # what an interrupted validation has left
+
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         embeddings = self.model(batch.inputs)
         if dataloader_idx == 0:
@@ -181,7 +184,7 @@ class SiameseModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         figures = self.metrics.compute()
         self.metrics.reset()
-        self.log_dict({f"val/{name}": value.float() for name, value in figures.items()})
+        self.log_dict({name: value.float() for name, value in figures.items()})
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["parts"], checkpoint["config"] = self.model.parts, self.config
