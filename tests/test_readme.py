@@ -99,6 +99,10 @@ def test_examples_of_ones_own_work_as_printed(copy):
         else:
             encoders = copy / "src" / "siamese" / "encoders.py"
             encoders.write_text(f"{encoders.read_text()}\n\n{text}")
+    # The miner's YAML is one line, told in a sentence.
+    ((line, path, choice),) = re.findall(r"`(_target_: \S+)` in `(conf/\S+)`, then `(\S+)`", section)
+    (copy / path).write_text(f"{line}\n")
+    commands.append(f"python train.py {choice}")
     assert len(commands) == 4
     for command in commands:
         words = [sys.executable, *shlex.split(command)[1:], *FEW_STEPS, f"paths.output_dir={copy}/own"]
