@@ -27,6 +27,7 @@ import torch.distributed as dist
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from torch import Tensor
 from torch.nn import Module
+from torch.nn.functional import pad
 
 from siamese.distances import LearnedDistance, scores
 
@@ -571,14 +572,24 @@ class _Walk:
         histogram = self.histogram
         histogram.flush()
         histogram.flush_fine()
-        levels, fine = torch.arange(self.levels.count, device=self.device), histogram.fine
-        counts = torch.stack([self.ranks.reduce(self.same), self.ranks.reduce(histogram.counts)], 1)
-        coarse = counts.new_zeros(fine // _COARSE, 2).index_add_(0, levels[:fine] // _COARSE, counts[:fine])
-        coarse[:, 1] = self.ranks.reduce(histogram.bins)[: fine // _COARSE]
-        lowest, counts = torch.cat([levels[:fine:_COARSE], levels[fine:]]), torch.cat([coarse, counts[fine:]])
-        counts[0, 1] = 0  # no pairs
-        used = counts.sum(1).nonzero().flatten().flip(0)
+        fine, same, counts = histogram.fine, self.ranks.reduce(self.same), self.ranks.reduce(histogram.counts)
+        bins = self.ranks.reduce(histogram.bins)[: fine // _COARSE].double()
+        # Same pairs are few, and of each the level is known: it has a row of its own, and parts the bin that it lies in. Not so where
+        # the bin's different pairs are not spread over it: as many more than in the bins beside it are of one score.
+        beside = pad(bins, (1, 1))
+        spread = bins <= 0.75 * (beside[:-2] + beside[2:])
+        alone = same[:fine].nonzero().flatten()
+        alone = alone[spread[alone // _COARSE]]
+        starts = torch.ones(self.levels.count + 1, dtype=torch.bool, device=self.device)
+        starts[:fine] = False
+        starts[torch.cat([torch.arange(0, fine, _COARSE, device=self.device), alone, alone + 1])] = True
+        ends = starts.nonzero().flatten()
+        lowest, width = ends[:-1], ends.diff().double()
+        inside = lowest[lowest < fine]
+        different = torch.cat([bins[inside // _COARSE] * width[: len(inside)] / _COARSE, counts[fine:]])
+        same = pad(same.cumsum(0), (1, 0))[ends].diff().double()
+        different[lowest < (_COARSE if fine else 1)] = 0  # no pairs
+        used = (same + different).nonzero().flatten().flip(0)
         twice = 2 if self.itself and not self.both else 1  # rows that are whole hold each pair from either side
         score = (lowest[used].double() + self.levels.empty) * self.levels.step
-        width = torch.where(lowest[used] < fine, _COARSE, 1).double() * self.levels.step
-        return score, *(counts[used].double() / twice).unbind(1), width
+        return score, same[used] / twice, different[used] / twice, width[used] * self.levels.step
