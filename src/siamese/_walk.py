@@ -35,7 +35,7 @@ NEIGHBOURS = 10
 _COARSE = 128  # levels in one bin of the histogram where it need not be fine
 _ROWS, _COLUMNS = 2048, 2048  # of a block, the smallest for which a matrix product takes no longer than a large one
 _HOT = 64  # rows of a block that are gone through together, so that they stay in a processor's cache
-_BAND, _FIRST, _SAMPLE = 128, 1024, 512
+_BAND, _FIRST, _SAMPLE = 64, 1024, 512
 _PRECISE = 2**24  # so many scores are computed in double precision: it takes no time, and no block size can make a difference
 _LISTED = 2**24  # entries of all lists together
 
@@ -485,7 +485,7 @@ class _Walk:
     def _block(self, block: Tensor, seen: int, row: int, row_place: int, column_place: int) -> None:
         """All that is to be had of [R, C] levels of negatives, which are spoilt; `row` is where the lists of the first row's query are."""
         height, width = block.shape
-        level = self._reached_by(min(max(3 * self.negatives / max(seen, 1), 1 / 512), 1 / 16))
+        level = self._reached_by(min(max(2 * self.negatives / max(seen, 1), 1 / 512), 1 / 16))
         level = min(level, self.histogram.fine + self.levels.empty) if self.histogram.fine else level
         level = round(level) - 0.5
         least, best = self._first_look(block, 0, slice(row, row + height), column_place, level)
@@ -495,7 +495,7 @@ class _Walk:
         for a in range(0, height, self.hot):
             hot = block[a : a + self.hot].view(-1)
             where = self._above(hot, level)
-            value.append(hot[where])
+            value.append(hot.index_select(0, where))
             found.append(where + a * width)
             self.histogram.see(hot)
         where, value = torch.cat(found), torch.cat(value).round_()
