@@ -350,7 +350,7 @@ class _Walk:
         self.group = max(len(self.mine) if self.both else _LISTED // entries, 1)
         self.groups = 1 if self.both else max(-(-asked // self.group) for asked in self.asked)
         self.columns = _COLUMNS if shallow else max(self.lengths)
-        self.rows = min(_ROWS if self.both else 5 * _ROWS // 2, max(2 * _ROWS * _COLUMNS // self.columns, 16))
+        self.rows = min(_ROWS, max(2 * _ROWS * _COLUMNS // self.columns, 16))
         self.hot = _HOT if self.device.type == "cpu" else self.rows
         self.mask = np.empty(0, dtype=bool)
         self.same, self.counted = torch.zeros(self.levels.count, dtype=torch.int64, device=self.device), []
@@ -385,6 +385,7 @@ class _Walk:
             found += self._judge(first, last)
         values = [self.matches, *(torch.cat(parts) for parts in zip(*found, strict=True))]
         back = self.mine.order.argsort()
+        del self.own, self.near, self.levels.rooms  # what holds the pairs takes as much
         return Found(*(value[back] for value in values), *self._pairs(), self.levels.step)
 
     def _ring(self) -> Iterator[tuple[int, Part]]:

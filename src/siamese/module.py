@@ -179,7 +179,7 @@ class SiameseModule(L.LightningModule):
             return
         with torch.autocast(self.device.type, enabled=False):
             loss = self.loss(embeddings, batch.labels, batch.tuples)
-        self.log("val/loss", loss, batch_size=len(batch.inputs), add_dataloader_idx=False)
+        self.log("val/loss", loss, batch_size=len(batch.inputs), add_dataloader_idx=False, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
         figures = self.metrics.compute()
