@@ -68,7 +68,8 @@ def seconds(*works: Callable[[], object], repeats: int = 3, clock: Callable[[], 
 
 
 def wall() -> float:
-    torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter()
 
 
@@ -87,11 +88,11 @@ def ratio(name: str, queries, labels, gallery=None, target: float | None = None,
     return [*rows, row(f"{name}: all figures", ours, unit="s")], ours / plain
 
 
-def on_gpu(samples: int = SAMPLES) -> list[dict]:
-    """Ours to one product by cuBLAS, and to a product with the ten nearest of each sample."""
+def on_device(device: str, samples: int = SAMPLES) -> list[dict]:
+    """Ours to one product, and to a product with the ten nearest of each sample, by the clock on the wall."""
     rows = []
     for size in (512, 128):
-        embeddings, labels = (one.cuda() for one in data(samples, size))
+        embeddings, labels = (one.to(device) for one in data(samples, size))
         unit = normalize(embeddings)
 
         def nearest(unit=unit) -> None:
@@ -101,7 +102,7 @@ def on_gpu(samples: int = SAMPLES) -> list[dict]:
         works = lambda e=embeddings, of=labels: judge(e, of), lambda u=unit: product(u, u), nearest
         seconds(*works, repeats=1, clock=wall)  # warms up
         ours, plain, listed = seconds(*works, clock=wall)
-        name = f"{samples:,} x {size} on the GPU: all figures"
+        name = f"{samples:,} x {size} on {device}: all figures"
         rows += [row(f"{name} / product", ours / plain), row(f"{name} / product and top-k", ours / listed), row(name, ours, unit="s")]
     return rows
 
@@ -221,7 +222,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if arguments.peak:
         sys.exit(print_peak(*arguments.peak))
-    measured = on_gpu() if arguments.device == "cuda" else measure(arguments.full)
+    measured = on_device("cuda") if arguments.device == "cuda" else measure(arguments.full)
     if arguments.json:
         write_json(Path(arguments.json), measured)
     for line in (failures := missed(measured)):

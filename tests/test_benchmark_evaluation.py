@@ -21,6 +21,12 @@ def test_every_row_is_measured(monkeypatch, tmp_path):
     assert not benchmark.missed(exact)
 
 
+def test_what_is_measured_on_a_gpu_is_measured():
+    rows = benchmark.on_device("cpu", 600)
+    assert len({row["name"] for row in rows}) == 6
+    assert all(row["value"] > 0 for row in rows)
+
+
 def test_the_data_are_as_promised():
     embeddings, labels = benchmark.data(1_000, 16)
     assert embeddings.shape == (1_000, 16)

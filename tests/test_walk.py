@@ -188,9 +188,8 @@ def modes(monkeypatch):
 # Every figure, for every distance, in every mode of double precision
 
 
-@DISTANCES
-@pytest.mark.parametrize(
-    ("kind", "listed", "mode"),
+MODES = pytest.mark.parametrize(
+    ("kind", "listed", "mode"),  # mode: both samples of a pair are served, in groups, whole rows
     [
         ("many", 2**24, (True, False, False)),
         ("many", 200, (False, True, False)),
@@ -198,9 +197,14 @@ def modes(monkeypatch):
         ("few", 4000, (False, True, True)),
         ("gallery", 2**24, (False, False, False)),
         ("gallery", 200, (False, True, False)),
+        ("deep gallery", 2**24, (False, False, True)),
         ("deep gallery", 4000, (False, True, True)),
     ],
 )
+
+
+@DISTANCES
+@MODES
 def test_all_that_is_found_is_what_loops_over_all_scores_find(monkeypatch, modes, distance, kind, listed, mode):
     small_blocks(monkeypatch, _LISTED=listed)
     case = some(kind)
@@ -361,17 +365,7 @@ def test_the_coarse_histogram_is_as_good_as_scikit_learn(monkeypatch, modes, dis
     assert found.neighbour_scores.numpy() == pytest.approx(found_scores, abs=2 * found.step)
 
 
-@pytest.mark.parametrize(
-    ("kind", "listed", "mode"),
-    [
-        ("many", 2**24, (True, False, False)),
-        ("many", 200, (False, True, False)),
-        ("few", 2**24, (False, False, True)),
-        ("few", 4000, (False, True, True)),
-        ("gallery", 200, (False, True, False)),
-        ("deep gallery", 2**24, (False, False, True)),
-    ],
-)
+@MODES
 @DISTANCES
 def test_the_bins_hold_the_pairs_whose_scores_they_cover(monkeypatch, modes, distance, kind, listed, mode):
     small_blocks(monkeypatch, _PRECISE=0, _LISTED=listed)
