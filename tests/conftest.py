@@ -11,9 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from siamese.config import ROOT, compose
+from siamese.module import SiameseModule
 
 # The heavy imports are made once, in a server that each command line is then forked from: 1 s for it instead of 8.
 _HEAVY = ["torch", "lightning.pytorch", "wandb", "pytorch_metric_learning.losses", "pytorch_metric_learning.miners", "timm", "matplotlib"]
@@ -27,7 +29,7 @@ for number, path in ((1, out), (2, err)):
 os.environ.clear()
 os.environ.update(environment)
 os.chdir(root)
-sys.argv, sys.path[0] = [script, *arguments], root
+sys.argv, sys.path[:1] = [script, *arguments], [root, f"{root}/src"]
 runpy.run_path(script, run_name="__main__")
 """
 
@@ -40,16 +42,16 @@ class Done(NamedTuple):
 
 
 class Command:
-    """`python SCRIPT ARGUMENTS`, as from a shell in the root of the repository; `wait` for how it ended."""
+    """`python SCRIPT ARGUMENTS`, as from a shell in the root of the repository, or of a copy; `wait` for how it ended."""
 
-    def __init__(self, folder: Path, script: str, arguments: tuple[str, ...], environment: dict[str, str]):
+    def __init__(self, folder: Path, script: str, arguments: tuple[str, ...], environment: dict[str, str], root: Path):
         self.out, self.err = folder / "stdout", folder / "stderr"
-        names = {"root": str(ROOT), "script": script, "arguments": list(arguments), "environment": environment}
+        names = {"root": str(root), "script": script, "arguments": list(arguments), "environment": environment}
         names |= {"out": str(self.out), "err": str(self.err)}
         self.process = _SERVER.Process(target=exec, args=(_IN_THE_FORK, names), daemon=False)
         self.process.start()
 
-    def wait(self, seconds: float = 120) -> Done:
+    def wait(self, seconds: float = 300) -> Done:
         self.process.join(seconds)
         if self.process.is_alive():
             self.process.kill()
@@ -73,7 +75,11 @@ def environment(home) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def start(tmp_path_factory, environment):
     """start("train.py", "loss=triplet", HYDRA_FULL_ERROR="1") -> Command"""
-    return lambda script, *arguments, **extra: Command(tmp_path_factory.mktemp("command"), script, arguments, {**environment, **extra})
+
+    def run(script: str, *arguments: str, root: Path = ROOT, **extra: str) -> Command:
+        return Command(tmp_path_factory.mktemp("command"), script, arguments, {**environment, **extra}, root)
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -162,6 +168,21 @@ def fit(tiny):
         return train.train(config)
 
     return run
+
+
+@pytest.fixture
+def gets_worse(monkeypatch) -> None:
+    """From its third epoch on, the encoder of every run of `fit` maps all to one point."""
+    start = SiameseModule.on_validation_epoch_start
+
+    def ruin(module):
+        if module.current_epoch >= 2:
+            with torch.no_grad():
+                for weight in module.model.encoder.parameters():
+                    weight.zero_()
+        start(module)
+
+    monkeypatch.setattr(SiameseModule, "on_validation_epoch_start", ruin)
 
 
 @pytest.fixture(scope="session")

@@ -276,10 +276,10 @@ def test_early_stopping_ends_the_run(fit, tmp_path):
     assert (tmp_path / "metrics.json").is_file()
 
 
-def test_the_final_figures_are_those_of_the_best_epoch_not_of_the_last(fit, drawings, tmp_path):
-    fit(tmp_path, "optimizer=sgd", "optimizer.lr=30", "scheduler=none", "trainer.max_epochs=4", "test=false")  # it gets worse
+def test_the_final_figures_are_those_of_the_best_epoch_not_of_the_last(fit, gets_worse, drawings, tmp_path):
+    fit(tmp_path, "trainer.max_epochs=4", "test=false")
     best = load_checkpoint(tmp_path / "checkpoints" / "best.ckpt")["epoch"]
-    assert best == int(np.argmax(column(tmp_path, "val/map_at_r"))) < 3
+    assert best == int(np.argmax(column(tmp_path, "val/map_at_r"))) < 2
     samples = Omniglot(drawings, "small1", 16).split("val")
     model = Bundle.load(tmp_path / "checkpoints" / "best.ckpt")
     figure = evaluate(model.embed(samples.inputs), samples.labels, model.distance).figures["map_at_r"]
@@ -288,9 +288,9 @@ def test_the_final_figures_are_those_of_the_best_epoch_not_of_the_last(fit, draw
     assert torch.equal(bundle.embed(samples.inputs), model.embed(samples.inputs))
 
 
-def test_the_last_checkpoint_is_that_of_the_last_validation(fit, tmp_path):
+def test_the_last_checkpoint_is_that_of_the_last_validation(fit, gets_worse, tmp_path):
     """Also when it is not the best: from there a run is resumed."""
-    fit(tmp_path, "optimizer=sgd", "optimizer.lr=30", "scheduler=none", "trainer.max_epochs=3", "test=false")
+    fit(tmp_path, "trainer.max_epochs=3", "test=false")
     curve = column(tmp_path, "val/map_at_r")
     assert np.argmax(curve) < 2
     assert load_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["epoch"] == 2
@@ -328,17 +328,17 @@ EXPERIMENTS = [name for name in available("experiment") if name != "none"]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_shipped_experiment_runs(command, tmp_path, experiment):
+def test_every_shipped_experiment_runs(command, drawings, tmp_path, experiment):
     wanted = [line for line in (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text().splitlines() if "/dataset:" in line]
     dataset = wanted[0].partition("/dataset:")[2].strip() if wanted else "glyphs"
     quick = []
-    if dataset == "omniglot":
+    if experiment == "koch":  # the least size that its encoder takes; 38 million weights of its 39 are of the last layer
+        quick = ["dataset.size=65", "encoder.embedding_size=128", "sampling.batch_size=8", f"dataset.path={drawings}"]
+    elif dataset == "omniglot":
         folder = os.path.join(os.environ.get("SIAMESE_DATA_DIR", "data"), "omniglot")
         if not os.path.exists(folder):
             pytest.skip("Omniglot is not at hand: set SIAMESE_DATA_DIR to where scripts/download.py has put it")
-        quick = ["dataset.background=small1", "test=false"]
-    if experiment == "koch":  # 38 million weights of its 39 are of the last layer
-        quick += ["encoder.embedding_size=128", "sampling.batch_size=8"]
+    quick += ["dataset.background=small1", "test=false"] if dataset == "omniglot" else []
     done = command("train.py", f"experiment={experiment}", "debug=fast", "logger=none", *quick, f"paths.output_dir={tmp_path}/run")
     assert done.code == 0, done.err
     assert metrics(tmp_path / "run")["val/map_at_r"] > 0

@@ -128,7 +128,8 @@ def check(found: Found, case: Case, truth: np.ndarray, exact: np.ndarray | None 
     assert (np.abs(found.score.numpy() - truth[counted][place]) < 0.51 * found.step).all()
     assert (found.width == found.step).all()
     assert found.score.dtype == found.same.dtype == found.different.dtype == found.map_at_r.dtype == torch.float64
-    assert found.matches.dtype == found.rank.dtype == found.hits.dtype == found.neighbours.dtype == torch.int64
+    assert found.matches.dtype == found.rank.dtype == found.neighbours.dtype == torch.int64
+    assert found.hits.dtype == torch.uint8
 
 
 def equal(found: Found, other: Found, pairs: bool = True, numbers: bool = False) -> None:

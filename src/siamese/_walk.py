@@ -27,7 +27,7 @@ import torch.distributed as dist
 from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
 from torch import Tensor
 from torch.nn import Module
-from torch.nn.functional import pad
+from torch.nn.functional import normalize, pad
 
 from siamese.distances import LearnedDistance, scores
 
@@ -38,6 +38,7 @@ _HOT = 64  # rows of a block that are gone through together, so that they stay i
 _BAND, _FIRST, _SAMPLE = 64, 1024, 512
 _PRECISE = 2**24  # so many scores are computed in double precision: it takes no time, and no block size can make a difference
 _LISTED = 2**24  # entries of all lists together
+_JUDGED = 2**19  # of those that are judged together
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,16 @@ class Levels:
             level = score.div_(self.step)
         return level if level.dtype == torch.float32 else level.round_().float()
 
+    def each(self, queries: Tensor, sets: Tensor) -> Tensor:
+        """[E, D] queries, each with a set of its own, [E, S, D] -> [E, S] scores, not in steps."""
+        if self.kind == "other":
+            return torch.cat([scores(self.distance, query[None], rows) for query, rows in zip(queries, sets, strict=True)])
+        if self.normalized:
+            queries, sets = normalize(queries, dim=1), normalize(sets, dim=2)
+        if self.kind == "euclidean":
+            return -torch.cdist(queries[:, None], sets)[:, 0]
+        return torch.bmm(sets, queries[..., None])[..., 0]
+
     def score(self, level: Tensor) -> Tensor:
         """Levels back to scores; -inf for what is no pair."""
         return torch.where(level > self.empty, level.double() * self.step, -torch.inf)
@@ -221,7 +232,7 @@ class Found:
     """What the walk found, of the queries of this process in their own order, and of all pairs.
 
     matches: int64 [Q] how many samples of its class the gallery has; rank: int64 [Q] of the first of them, 0 where there is none.
-    map_at_r, r_precision: float64 [Q], 0 where there is no match; hits: int64 [Q, 10] matches among the first 1, 2 ... 10.
+    map_at_r, r_precision: float64 [Q], 0 where there is no match; hits: uint8 [Q, 10] matches among the first 1, 2 ... 10.
     neighbours: int64 [Q, 10] numbers of gallery samples, -1 where there are fewer; neighbour_scores: float32 [Q, 10].
     score: float64 [B], descending; same, different: float64 [B] pairs from this score up to the one before.
     width: float64 [B] the range of scores that such a bin covers, `step` where it is of one level.
@@ -267,11 +278,11 @@ class _Lists:
     def __init__(self, queries: int, depth: int, empty: float, device: torch.device):
         self.empty = empty
         self.level = torch.full((queries, depth), empty, device=device)
-        self.place = torch.full((queries, depth), -1, device=device)
+        self.place = torch.full((queries, depth), -1, dtype=torch.int32, device=device)
 
     def merge(self, rows: Tensor | slice, level: Tensor, place: Tensor) -> None:
         """Lists [R, K] of what else there is for these queries."""
-        level, place = torch.cat([self.level[rows], level], 1), torch.cat([self.place[rows], place], 1)
+        level, place = torch.cat([self.level[rows], level], 1), torch.cat([self.place[rows], place.int()], 1)
         best, where = level.topk(self.level.shape[1])
         self.level[rows], self.place[rows] = best, place.gather(1, where)
 
@@ -284,8 +295,8 @@ class _Lists:
         kept = column < self.level.shape[1]
         row, column, order = row[kept], column[kept], order[kept]
         levels = torch.full((len(touched), int(column.max()) + 1), self.empty, device=query.device)
-        places = torch.full(levels.shape, -1, device=query.device)
-        levels[row, column], places[row, column] = level[order], place[order]
+        places = torch.full(levels.shape, -1, dtype=torch.int32, device=query.device)
+        levels[row, column], places[row, column] = level[order], place[order].int()
         self.merge(touched, levels, places)
 
 
@@ -316,7 +327,7 @@ class _Histogram:
     def add(self, levels: Tensor) -> None:
         """[E] levels, all of them fine."""
         self.waiting.append((levels.round() - self.empty).int())
-        if sum(map(len, self.waiting)) > 2**23:
+        if sum(map(len, self.waiting)) > 2**20:
             self.flush_fine()
 
     def flush(self) -> None:
@@ -361,14 +372,16 @@ class _Walk:
         return part_of(embeddings, labels, self.levels, sum(lengths[: self.ranks.rank])), lengths
 
     def run(self) -> Found:
-        found = []
+        asked, device = len(self.mine), self.device
+        figures = [torch.empty(asked, dtype=dtype, device=device) for dtype in (torch.int64, torch.float64, torch.float64)]
+        nearest = [torch.empty(asked, NEIGHBOURS, dtype=dtype, device=device) for dtype in (torch.uint8, torch.int64, torch.float32)]
         for group in range(self.groups):
             first, last = (min(end * self.group, len(self.mine)) for end in (group, group + 1))
             # Where each score serves both its samples the lists are of all samples, else of the queries of the group.
-            size, self.base = (sum(self.lengths), self.mine.start) if self.both else (last - first, -first)
-            self.own = _Lists(size, self.positives, self.levels.empty, self.device)
-            self.near = _Lists(size, self.negatives, self.levels.empty, self.device)
-            self.above = torch.zeros(size, dtype=torch.int64, device=self.device)
+            listed, self.base = (sum(self.lengths), self.mine.start) if self.both else (last - first, -first)
+            self.own = _Lists(listed, self.positives, self.levels.empty, self.device)
+            self.near = _Lists(listed, self.negatives, self.levels.empty, self.device)
+            self.above = torch.zeros(listed, dtype=torch.int64, device=self.device)
             for owner, part in self._ring():
                 self._positives(part, *self._share(owner, part, first, last))
             self._count()
@@ -382,11 +395,14 @@ class _Walk:
             if self.both:
                 self._unite(self.near)
                 self.ranks.reduce(self.above)
-            found += self._judge(first, last)
-        values = [self.matches, *(torch.cat(parts) for parts in zip(*found, strict=True))]
-        back = self.mine.order.argsort()
+            size = max(_JUDGED // (self.positives + self.negatives), 1)
+            for a in range(first, last, size):
+                b = min(a + size, last)
+                for values, of_these in zip(figures + nearest, self._judge(a, b), strict=True):
+                    values[self.mine.order[a:b]] = of_these.to(values.dtype)
         del self.own, self.near, self.levels.rooms  # what holds the pairs takes as much
-        return Found(*(value[back] for value in values), *self._pairs(), self.levels.step)
+        matches = torch.empty_like(self.matches).scatter_(0, self.mine.order, self.matches)
+        return Found(matches, *figures, *nearest, *self._pairs(), self.levels.step)
 
     def _ring(self) -> Iterator[tuple[int, Part]]:
         return self.ranks.ring(self.held, self.lengths, self.ranks.size // 2 + 1 if self.both else self.ranks.size)
@@ -423,7 +439,7 @@ class _Walk:
                     pair &= column > row if triangle else column != row
                 block.masked_fill_(~pair, self.levels.empty)
                 self.counted.append((block[pair] - self.levels.empty).int())
-                if sum(map(len, self.counted)) > 2**22:
+                if sum(map(len, self.counted)) > 2**20:
                     self._count()
                 sides = [(block, self.base + a, part.start + c)] + [(block.T, part.start + c, self.mine.start + a)] * self.both
                 for side, query, place in sides:
@@ -545,29 +561,26 @@ class _Walk:
         mask = np.greater(levels.numpy(), np.float32(level), out=self.mask[: len(levels)])  # torch's takes ten times as long
         return torch.from_numpy(np.flatnonzero(mask))
 
-    def _judge(self, first: int, last: int) -> Iterator[tuple[Tensor, ...]]:
-        """Figures of each query of the group, from its two lists."""
-        size, empty = max(2**22 // (self.positives + self.negatives), 1), self.levels.empty
-        place, upto = (torch.arange(1, count + 1, device=self.device) for count in (self.positives, NEIGHBOURS))
-        for a in range(first, max(last, first + 1), size):
-            b = min(a + size, last)
-            rows, matches = slice(self.base + a, self.base + b), self.matches[a:b]
-            own, near = self.own.level[rows], self.near.level[rows]
-            ahead = self.negatives - torch.searchsorted(near.flip(1).contiguous(), own.contiguous())  # of equal levels the negative is
-            rank = torch.where((own > empty) & (ahead < self.negatives), place + ahead, 2**62)
-            relevant = matches.clamp(min=1)
-            early = rank <= relevant[:, None]
-            key, where = torch.cat([2 * (own - empty), 2 * (near - empty) + (near > empty)], 1).topk(NEIGHBOURS)
-            number = self.numbers[torch.cat([self.own.place[rows], self.near.place[rows]], 1).gather(1, where).clamp(min=0)]
-            score = self.levels.score((key / 2).floor() + empty)
-            yield (
-                torch.where(matches > 0, self.above[rows] + 1, 0),
-                (early * place / rank.double()).sum(1) / relevant,
-                early.sum(1) / relevant.double(),
-                (rank[:, :NEIGHBOURS, None] <= upto).sum(1),
-                torch.where(key > 0, number, -1),
-                score.float(),
-            )
+    def _judge(self, a: int, b: int) -> tuple[Tensor, ...]:
+        """Figures of queries a to b, from their two lists."""
+        empty, device = self.levels.empty, self.device
+        place, upto = (torch.arange(1, count + 1, device=device) for count in (self.positives, NEIGHBOURS))
+        rows, matches = slice(self.base + a, self.base + b), self.matches[a:b]
+        own, near = self.own.level[rows], self.near.level[rows]
+        ahead = self.negatives - torch.searchsorted(near.flip(1).contiguous(), own.contiguous())  # of equal levels the negative is
+        rank = torch.where((own > empty) & (ahead < self.negatives), place + ahead, 2**62)
+        relevant = matches.clamp(min=1)
+        early = rank <= relevant[:, None]
+        key, where = torch.cat([2 * (own - empty), 2 * (near - empty) + (near > empty)], 1).topk(NEIGHBOURS)
+        number = self.numbers[torch.cat([self.own.place[rows], self.near.place[rows]], 1).gather(1, where).clamp(min=0)]
+        return (
+            torch.where(matches > 0, self.above[rows] + 1, 0),
+            (early * place / rank.double()).sum(1) / relevant,
+            early.sum(1) / relevant.double(),
+            (rank[:, :NEIGHBOURS, None] <= upto).sum(1),
+            torch.where(key > 0, number, -1),
+            self.levels.score((key / 2).floor() + empty),
+        )
 
     def _pairs(self) -> tuple[Tensor, ...]:
         histogram = self.histogram
