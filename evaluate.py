@@ -23,6 +23,7 @@ def evaluate(config: dict) -> dict[str, float]:
 
     from siamese import judging, record
     from siamese.bundle import Bundle, construct_trusted
+    from siamese.data import checking
     from siamese.data.module import SiameseData
     from siamese.data.samples import Source
 
@@ -45,6 +46,7 @@ def evaluate(config: dict) -> dict[str, float]:
     data = SiameseData(source, None, config["seed"])
     with as_input_error("dataset"):
         log.info("validate on %s, test on %s", data.val, data.test)
+        checking.check({}, source.findings(), out, "warn")
     input_shape = list(data.val.inputs.shape[1:])
     if not ckpt:
         torch.manual_seed(config["seed"])

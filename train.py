@@ -11,6 +11,7 @@
     python train.py loss=xbm loss@loss.loss=multi_similarity                 # a choice within a choice
     python train.py distance=learned loss=bce sampling=pairs
     python train.py callbacks=[early_stopping,ema] scheduler=warmup
+    python train.py dataset=images dataset.path=photos                   # photos/cat/1.jpg, or a table with path,label
     python train.py ckpt=logs/train/runs/<stamp>/checkpoints/last.ckpt   # resume everything
     python train.py init_from=logs/train/runs/<stamp>/checkpoints/best.ckpt  # take only the weights
 
@@ -92,8 +93,10 @@ def train(config: dict) -> dict[str, float]:
 def assemble(config: dict):
     """Data, model and loss, and the packages trusted: what the configuration got wrong comes to light here, before anything long begins."""
     import logging
+    from pathlib import Path
 
     from siamese.bundle import Bundle
+    from siamese.data import checking
     from siamese.data.module import SiameseData
     from siamese.losses import CrossBatchMemory
     from siamese.module import SiameseModule
@@ -101,13 +104,18 @@ def assemble(config: dict):
     log, choices = logging.getLogger("train"), config["choices"]
     data = SiameseData(build(config, "dataset"), partial(config, "sampling"), config["seed"], config["val_classes"])
     with as_input_error("dataset"):
-        classes, input_shape = len(data.train.class_names), data.input_shape
         log.info("train on %s, validate on %s", data.train, data.val)
         if config["test"]:
             _ = data.test, data.source.oneshot_runs()
+    splits, out = {"val": data.val, **({"test": data.test} if config["test"] else {})}, Path(config["paths"]["output_dir"])
+    with as_input_error("check"):
+        checking.check({"train": data.train, **splits}, data.source.findings(), out, config["check"])
+    with as_input_error("leakage"):
+        data.leave_out(checking.guard(data.train, splits, out, config["leakage"]))
     with as_input_error("val_classes"):
         if data.watched is not data.val:
             log.info("after each epoch %d samples of %d classes are judged, at the end all", len(data.watched), data.val_classes)
+    classes, input_shape = len(data.train.class_names), data.input_shape
     with as_input_error("sampling"):
         data.setup()
     made_of = bundle_arguments(config, input_shape, data.standardization())

@@ -33,7 +33,8 @@ def plain(overrides: str) -> dict:
 
 
 def composed(group: str, option: str) -> dict:
-    return plain(" ".join([f"{group}={option}", *ALSO.get(group, [])]))
+    own = [f"dataset.path={CONF}"] if (group, option) in (("dataset", "images"), ("dataset", "table")) else []
+    return plain(" ".join([f"{group}={option}", *ALSO.get(group, []), *own]))
 
 
 def targets(node: dict, name: str):

@@ -257,3 +257,13 @@ def test_flatten_is_the_input_itself():
     assert model.embedding_size == 24
     assert torch.equal(model(inputs), inputs.reshape(5, 24))
     assert not list(model.parameters())
+    assert torch.equal(Flatten((7,))(inputs.reshape(-1, 8)[:, :7]), inputs.reshape(-1, 8)[:, :7])
+
+
+def test_flatten_reduces_a_large_image_by_averaging():
+    inputs = torch.rand(5, 3, 64, 20)
+    model = Flatten((3, 64, 20))
+    assert model.embedding_size == 3 * 32 * 20
+    assert torch.allclose(model(inputs), inputs.view(5, 3, 32, 2, 20).mean(3).flatten(1))
+    square = torch.rand(2, 1, 32, 32)
+    assert torch.equal(Flatten((1, 32, 32))(square), square.flatten(1))

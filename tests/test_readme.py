@@ -19,7 +19,7 @@ DRAWINGS = ["dataset=omniglot", "dataset.background=small1", "sampling.classes=1
 
 
 @pytest.fixture(scope="module")
-def copy(tmp_path_factory) -> Path:
+def copy(drawings, tmp_path_factory) -> Path:
     """The project without its history, so that examples can be added and runs leave nothing behind."""
     folder = tmp_path_factory.mktemp("readme") / "project"
     folder.mkdir()
@@ -27,6 +27,12 @@ def copy(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     for name in ("train.py", "evaluate.py"):
         shutil.copy(ROOT / name, folder)
+    (folder / "photos").symlink_to(drawings / "images_background_small1")
+    photos = [path.relative_to(folder) for path in sorted((folder / "photos").rglob("*.png"))]
+    lines = [f"{path},{('cat', 'dog', *range(38))[place // 6]}\n" for place, path in enumerate(photos)]
+    (folder / "photos.csv").write_text("path,label\n" + "".join(lines))
+    wines = "".join(f"w{row // 4},{row * 37 % 11},{'red' if row % 3 else 'white'}\n" for row in range(160))
+    (folder / "wines.csv").write_text("wine,strength,colour\n" + wines)
     return folder
 
 
@@ -59,6 +65,8 @@ def shortened(command: str) -> list[str] | None:
         return words
     kept = [word.replace("glob(*)", "glob(a*)") for word in words if not word.startswith("trainer.max_epochs")]
     kept += [*FEW_STEPS, "test=false"]
+    if "dataset=images" in words or "dataset=table" in words:
+        kept.append("sampling.classes=8")
     if "encoder=koch" in words:  # 38 million weights of its 39 are of the last layer
         return [*kept, DRAWINGS[1], "sampling.batch_size=8", "encoder.embedding_size=128"]
     if "-m" in words or any("omniglot" in word for word in words):

@@ -40,8 +40,8 @@ NO_ARGUMENTS = {
     "distance": ("name",),
     "optimizer": ("lr_factors",),
 }
-# May be a word where the default is a number: devices=auto.
-_ANY_TYPE = ("trainer.devices",)
+# May be a word, or a list, where the default is a number: devices=auto, dataset.test=[cats,dogs].
+_ANY_TYPE = ("trainer.devices", "dataset.val", "dataset.test")
 # A number by default, and null means something too: no head, the optimizer's rate, no crop.
 _MAY_BE_NULL = re.compile(r"encoder\.embedding_size|(encoder|loss)\.(.*\.)?lr|augmentation\.crop")
 _CHECKED_JOBS = 100
@@ -173,6 +173,8 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
         _check_combination(cfg, choices)
     _check_types(cfg, choices, overrides, config_name)
     config = OmegaConf.to_container(cfg, resolve=True)
+    if missing := next(_missing(config), None):
+        raise InputError(f"{missing} has no value: say {missing}=...")
     for key, path in (("ckpt", config["ckpt"]), ("init_from", config.get("init_from"))):
         if path is not None and not Path(str(path)).is_file():
             raise InputError(f"{key}={path}: there is no such file")
@@ -296,6 +298,15 @@ def _leaves(node, prefix: str = "") -> dict[str, object]:
             continue
         leaves.update(_leaves(value, f"{prefix}{key}.") if isinstance(value, DictConfig) else {f"{prefix}{key}": value})
     return leaves
+
+
+def _missing(node: dict, prefix: str = "") -> Iterator[str]:
+    """Keys that must be given and are not."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _missing(value, f"{prefix}{key}.")
+        elif value == "???":
+            yield f"{prefix}{key}"
 
 
 def available(group: str) -> list[str]:

@@ -193,14 +193,18 @@ _POOLS = {
 
 
 class Flatten(nn.Module):
-    """The input itself as its embedding: the `raw` row that stands beside every trained one. [B, ...] -> [B, prod(...)]."""
+    """The input itself as its embedding: the `raw` row that stands beside every trained one. [B, ...] -> [B, embedding_size].
+
+    Images [B, C, H, W] that are larger are reduced by averaging, to at most 32 x 32: a photo has too many pixels to keep them all.
+    """
 
     def __init__(self, input_shape: tuple[int, ...]):
         super().__init__()
-        self.embedding_size = math.prod(input_shape)
+        self.sides = tuple(min(side, 32) for side in input_shape[1:]) if len(input_shape) == 3 else ()
+        self.embedding_size = math.prod((input_shape[0], *self.sides) if self.sides else input_shape)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return inputs.flatten(1)
+        return (nn.functional.adaptive_avg_pool2d(inputs, self.sides) if self.sides else inputs).flatten(1)
 
 
 def part_of(encoder: nn.Module, name: str) -> nn.Module:

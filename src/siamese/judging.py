@@ -40,9 +40,10 @@ def raw(model: Bundle, input_shape: tuple[int, ...]) -> Bundle:
     parts = {
         "encoder": {"_target_": "siamese.encoders.Flatten", "input_shape": input_shape},
         "distance": distance,
-        "preprocessing": {"_target_": "siamese.bundle.Standardize"},
+        # A table's columns are of all sizes; pixels are left as they are.
+        "preprocessing": {"_target_": "siamese.bundle.Standardize"} if len(input_shape) == 3 else model.parts["preprocessing"],
     }
-    return Bundle(parts, trust=(distance["_target_"].partition(".")[0],))  # trusted already: the model holds it
+    return Bundle(parts, trust=tuple(part["_target_"].partition(".")[0] for part in parts.values()))  # trusted already: the model holds it
 
 
 def last_as(row: str, results: dict[str, EvaluationResult]) -> dict[str, EvaluationResult]:

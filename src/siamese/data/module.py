@@ -55,8 +55,21 @@ class SiameseData(L.LightningDataModule):
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
         chosen = labels[order[(counts[order] < 2).int().argsort(stable=True)][: self.val_classes]]  # classes of one sample come last
         rows = torch.isin(self.val.labels, chosen).nonzero().flatten()
-        ids = [self.val.ids[row] for row in rows.tolist()]
-        return Samples(self.val.inputs[rows], self.val.labels[rows], self.val.class_names, ids)
+        return self.val.subset(rows)
+
+    def leave_out(self, rows: torch.Tensor) -> None:
+        """Train without these rows; classes that have no others are gone too. Only before the training loader is made.
+
+        Raises:
+            ValueError: training goes by a list, which may name them.
+        """
+        if not len(rows):
+            return
+        if getattr(self.loader, "keywords", {}).get("file"):
+            raise ValueError("samples cannot be left out where sampling.file lists them: mend the list, and say leakage=warn")
+        kept = torch.ones(len(self.train), dtype=torch.bool)
+        kept[rows] = False
+        self.train = self.train.subset(kept.nonzero().flatten(), renumber=True)
 
     def _judged(self, name: str) -> Samples:
         samples = self.source.split(name)
@@ -70,9 +83,13 @@ class SiameseData(L.LightningDataModule):
 
     def standardization(self) -> dict[str, list[float]]:
         """Mean and standard deviation per channel of the training inputs, in the units the encoder sees (0..1 for images)."""
-        inputs = self.train.inputs
-        flat = inputs.transpose(0, 1).flatten(1).double() / (255 if inputs.dtype == torch.uint8 else 1)
-        return {"mean": flat.mean(1).tolist(), "std": flat.std(1).clamp(min=1e-6).tolist()}
+        inputs, size = self.train.inputs, 255 if self.train.inputs.dtype == torch.uint8 else 1
+        blocks = inputs.split(max(2**22 // max(inputs[:1].numel(), 1), 1))  # all of it, eight times as wide, may not fit
+        flat = lambda block: block.transpose(0, 1).flatten(1).double() / size  # noqa: E731
+        count = inputs.numel() / inputs.shape[1]
+        mean = sum(flat(block).sum(1) for block in blocks) / count
+        square = sum((flat(block) - mean[:, None]).square().sum(1) for block in blocks) / (count - 1)
+        return {"mean": mean.tolist(), "std": square.sqrt().clamp(min=1e-6).tolist()}
 
     @cached_property
     def _training_loader(self) -> DataLoader:

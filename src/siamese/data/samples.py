@@ -61,6 +61,14 @@ class Samples(Dataset):
         shape = " x ".join(map(str, self.inputs.shape[1:]))
         return f"{len(self):,} samples {f'of {len(self.class_names):,} classes' if self.labelled else 'without labels'}, {shape}"
 
+    def subset(self, rows: Tensor, renumber: bool = False) -> "Samples":
+        """The samples in these rows, with all class names or, if `renumber`, only those of their own classes."""
+        labels, names = self.labels[rows] if self.labelled else None, self.class_names
+        if renumber and self.labelled:
+            found, labels = labels.unique(return_inverse=True)
+            names = [names[label] for label in found.tolist()]
+        return Samples(self.inputs[rows], labels, names, [self.ids[row] for row in rows.tolist()])
+
     def fingerprint(self) -> str:
         """16 hex digits that change when an input, its order or its label does."""
         digest = hashlib.sha256(repr((tuple(self.inputs.shape), self.class_names)).encode())
@@ -69,12 +77,29 @@ class Samples(Dataset):
         return digest.hexdigest()[:16]
 
 
+class Finding(NamedTuple):
+    """What was found about some data.
+
+    serious: nobody can have wanted this.
+    what: in words, a plural: "images that cannot be read"; where: the files or rows; remedy: what to do about it.
+    """
+
+    serious: bool
+    what: str
+    where: list[str]
+    remedy: str
+
+
 class Source:
     """A data set: gives its splits by name, each with classes of its own. Subclass it, write `split`, name it in a YAML."""
 
     def split(self, name: str) -> Samples:
         """`name` is "train", "val" or "test"; only what is asked for is read."""
         raise NotImplementedError
+
+    def findings(self) -> list[Finding]:
+        """What came to light while splits were read; none by default."""
+        return []
 
     def oneshot_runs(self) -> list[tuple[Samples, Samples]]:
         """Official one-shot tasks of the test split, as (queries, supports) with equal labels; none by default."""

@@ -1,0 +1,145 @@
+"""Rows of a table as samples: numbers and categories, a class to each row."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from siamese.data.listing import SPLITS, Listed, rows, share_out, split_name
+from siamese.data.samples import Finding, Samples, Source
+
+_CATEGORIES = 1000
+
+
+class Table(Source):
+    """Rows as float32 [columns]: a number as it is, a category as a one among zeros.
+
+    A table (.csv, .tsv, .jsonl, .parquet) has a column `label` and, if wanted, `split` (train, val, test) and `group`: what must stay
+    on one side of the split. All other columns are features: numbers where every entry that training has is one, else categories.
+    What a column is, and what stands for an empty entry (training's mean; for a category, none), is learned from training alone.
+    An id is the row's number in the file.
+
+    Args:
+        path: the table.
+        label: the column of the classes.
+        ignore: columns to leave out: names, ids, what gives the class away.
+        categories: columns whose numbers are mere names, as a postal code's are.
+        val, test: a share of the classes, or a list of them, for a split that no row names.
+        split_seed: another one shares the classes out in another way.
+
+    Raises:
+        ValueError: a table that is broken, columns that are not there or of which none is left, classes that cannot be shared out.
+        OSError: the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        label: str = "label",
+        ignore: list[str] = (),
+        categories: list[str] = (),
+        val: float | list[str] = 0.15,
+        test: float | list[str] = 0.25,
+        split_seed: int = 0,
+    ):
+        self.path, self.label, self.ignore, self.categories = Path(path), label, tuple(ignore), tuple(categories)
+        self._shares = {"val": val, "test": test, "seed": split_seed}
+        self._listed: list[Listed] | None = None
+        self._findings: list[Finding] = []
+
+    def split(self, name: str) -> Samples:
+        if name not in SPLITS:
+            raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
+        if self._listed is None:
+            self._read()
+        places = [place for place, sample in enumerate(self._listed) if sample.split == name]
+        mine = [self._listed[place] for place in places]
+        names = sorted({sample.label for sample in mine})
+        number = {label: place for place, label in enumerate(names)}
+        labels = torch.tensor([number[sample.label] for sample in mine], dtype=torch.int64)
+        return Samples(self.features([self._rows[place] for place in places]), labels, names, [sample.where for sample in mine])
+
+    def findings(self) -> list[Finding]:
+        return self._findings
+
+    def features(self, entries: list[dict[str, str]]) -> Tensor:
+        """Rows by column name -> float32 [N, columns], as an encoder trained on this table wants them. What is missing is empty.
+
+        Raises:
+            ValueError: an entry of a column of numbers is none.
+        """
+        if self._listed is None:
+            self._read()
+        columns = []
+        for name, known in self.columns.items():
+            texts = ["" if row.get(name) is None else str(row[name]).strip() for row in entries]
+            if isinstance(known, float):
+                columns.append(torch.tensor([[_number(text, name, known)] for text in texts], dtype=torch.float32).view(-1, 1))
+            else:
+                place = {text: column for column, text in enumerate(known)}
+                found = torch.tensor([place.get(text, len(known)) for text in texts], dtype=torch.int64)
+                columns.append(torch.eye(len(known) + 1)[found][:, :-1])
+        return torch.cat(columns, 1)
+
+    def _read(self) -> None:
+        found, others = rows(self.path, (self.label,))
+        names = [self.label, *others]
+        if missing := [name for name in (*self.ignore, *self.categories) if name not in names]:
+            raise ValueError(f"{self.path} has no column {missing[0]!r}: it has {', '.join(map(repr, names))}")
+        listed = []
+        for row, entries in found:
+            where = f"{self.path.name}, row {row}"
+            split = split_name(entries.get("split", ""), where)
+            listed.append(Listed(str(row), entries[self.label], where, split, entries.get("group", "")))
+        self._rows = [entries for _, entries in found]
+        self._listed = share_out(listed, **self._shares)
+        training = [place for place, sample in enumerate(self._listed) if sample.split == "train"]
+        self.columns: dict[str, float | list[str]] = {}
+        alone, empty, unknown = [], [], []
+        for name in (name for name in names if name not in (self.label, "split", "group", *self.ignore)):
+            texts = [self._rows[place].get(name, "") for place in training]
+            values = {text for text in texts if text}
+            numbers = name not in self.categories and all(map(_is_number, values))
+            if len(values) < 2:
+                alone.append(name)
+                continue
+            if numbers:
+                known = [float(text) for text in texts if text]
+                self.columns[name] = math.fsum(known) / len(known)
+                if holes := [sample.where for sample, row in zip(self._listed, self._rows, strict=True) if not row.get(name, "")]:
+                    empty.append(f"{name}: {len(holes):,} of {len(listed):,}, the first in {holes[0]}")
+            elif len(values) > _CATEGORIES:
+                raise ValueError(
+                    f"{self.path}: {name} has {len(values):,} different entries, too many to be categories. Such as {min(values)!r}: "
+                    f"if they are names or ids say dataset.ignore=[{name}]"
+                )
+            else:
+                self.columns[name] = sorted(values)
+                strange = [
+                    f"{sample.where}: {name} is {text!r}"
+                    for sample, row in zip(self._listed, self._rows, strict=True)
+                    if (text := row.get(name, "")) and text not in values
+                ]
+                unknown += strange
+        if not self.columns:
+            raise ValueError(f"{self.path} has no column to learn from, besides {', '.join([self.label, *self.ignore, *alone])}")
+        findings = [
+            Finding(False, "columns with empty entries, for which training's mean stands", empty, "fill them, or leave the column out"),
+            Finding(False, "columns of one value in training, which are left out", alone, "add others to dataset.ignore"),
+            Finding(False, "entries that training never has, which count as none", unknown, "nothing, if they are few"),
+        ]
+        self._findings = [finding for finding in findings if finding.where]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _number(text: str, name: str, mean: float) -> float:
+    if text and not _is_number(text):
+        raise ValueError(f"{name} is a column of numbers in training, but has {text!r}: mend it, or say dataset.categories=[{name}]")
+    return float(text) if text else mean
