@@ -19,6 +19,7 @@ from siamese.data import listed
 from siamese.data.samples import Batch, Samples
 
 log = logging.getLogger(__name__)
+_AHEAD = 64  # batches whose samples are chosen together
 _WITHOUT_LABELS = "Without labels, list the pairs or triplets in a file: sampling=pairs sampling.file=PAIRS.csv"
 
 
@@ -107,11 +108,18 @@ class BalancedBatchSampler(Sampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[list[int]]:
-        yield from self.batches(self.epoch).tolist()  # lazily: Lightning sets the epoch after it has asked for the iterator
+        # Lazily: Lightning sets the epoch after it has asked for the iterator; and some at a time, so that training need not wait.
+        chosen, visit = self._draws(self.epoch)
+        for first in range(0, len(chosen), _AHEAD):
+            yield from self._samples(chosen[first : first + _AHEAD], visit[first : first + _AHEAD]).tolist()
 
     def batches(self, epoch: int) -> np.ndarray:
         """int64 [batches, P*K]: the whole epoch."""
-        total, slots, k = len(self.sizes), len(self) * self.classes, self.samples_per_class
+        return self._samples(*self._draws(epoch))
+
+    def _draws(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The classes of each batch, and the how-manieth draw of the class each is since training began: int64 [batches, P]."""
+        total, slots = len(self.sizes), len(self) * self.classes
         rng = np.random.default_rng([self.seed, epoch])
         # How often each class was drawn in earlier epochs: all of them `every` times an epoch; the `extra` draws left
         # over move through the classes in one fixed random order.
@@ -129,8 +137,7 @@ class BalancedBatchSampler(Sampler):
         counts = np.bincount(chosen, minlength=total)
         nth = np.empty(slots, dtype=np.int64)
         nth[by_class] = np.arange(slots) - np.repeat(np.cumsum(counts) - counts, counts)
-        visit = drawn[chosen] + nth
-        return self._samples(chosen, visit, k).reshape(len(self), -1)
+        return chosen.reshape(-1, self.classes), (drawn[chosen] + nth).reshape(-1, self.classes)
 
     def _no_class_twice_in_a_batch(self, rounds: list[np.ndarray]) -> np.ndarray:
         """Join rounds of distinct classes. A batch that straddles two takes its second part from classes not in the first."""
@@ -144,8 +151,10 @@ class BalancedBatchSampler(Sampler):
             length += len(classes)
         return np.concatenate(joined)
 
-    def _samples(self, chosen: np.ndarray, visit: np.ndarray, k: int) -> np.ndarray:
-        """The K samples of each draw. Every ceil(size / K) draws of a class, a cycle, its samples are put in a fresh order."""
+    def _samples(self, chosen: np.ndarray, visit: np.ndarray) -> np.ndarray:
+        """[B, P] draws -> [B, P*K] samples. Every ceil(size / K) draws of a class, a cycle, its samples are put in a fresh order."""
+        batches, k = len(chosen), self.samples_per_class
+        chosen, visit = chosen.ravel(), visit.ravel()
         draws_per_cycle = -(-self.sizes[chosen] // k)
         cycle, place = np.divmod(visit, draws_per_cycle)
         # One order for each (class, cycle) that occurs: sort its samples by a hash of (seed, cycle, sample).
@@ -157,7 +166,7 @@ class BalancedBatchSampler(Sampler):
         sample = np.arange(len(owner)) - start[owner] + self.first[pair_class][owner]
         shuffled = sample[np.lexsort((_hash(self.seed, pair_cycle[owner], sample), owner))]
         position = (place[:, None] * k + np.arange(k)) % sizes[which][:, None]
-        return self.order[shuffled[start[which][:, None] + position]]
+        return self.order[shuffled[start[which][:, None] + position]].reshape(batches, -1)
 
 
 def _hash(seed: int, cycle: np.ndarray, sample: np.ndarray) -> np.ndarray:
