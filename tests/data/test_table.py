@@ -47,6 +47,16 @@ def test_columns_are_numbers_or_categories_as_training_says(wine):
     assert not any(finding.serious for finding in source.findings())
 
 
+def test_what_other_programs_write_for_nothing_is_a_hole_in_a_column_of_numbers(tmp_path):
+    words = ["", "NaN", "N/A", "null", "NA", "none"]
+    lines = ["label,x,word,split", *(f"a{row // 2},{words[row] if row < 6 else row},{words[row]}w,train" for row in range(6))]
+    lines += [f"b{row // 2},{row},w,train" for row in range(6)] + ["v,nan,w,val", "t,1,w,test"]
+    source = Table(write(tmp_path, lines))
+    assert source.split("train").inputs[:, 0].tolist() == [2.5] * 6 + [0, 1, 2, 3, 4, 5]
+    assert source.split("val").inputs[0, 0] == 2.5
+    assert source.columns["word"] == sorted({f"{word}w" for word in words}), "words are words"
+
+
 def test_new_rows_become_what_the_table_s_are(wine):
     source = Table(wine, ignore=["name"], categories=["code"])
     rows = [{"strength": 3, "sugar": "1.5", "colour": "white", "code": 0}, {"colour": None}]
@@ -87,6 +97,11 @@ def test_classes_are_shared_out_and_groups_stay_together(tmp_path):
             {},
             "x has 2,400 different entries, too many to be categories. Such as 'word",
         ),
+        (
+            ["label,x", *(f"{row // 2},{'1O' if row == 7 else row}" for row in range(40))],
+            {"val": ["18"], "test": ["19"]},
+            "t.csv, row 9: x is '1O' among numbers: mend it, or say dataset.categories=[x]",
+        ),
         (["label,x,split", "a,1,train", "b,2,never"], {}, "row 3: split is 'never'"),
     ],
 )
@@ -96,10 +111,10 @@ def test_what_cannot_be_learned_from_is_refused(tmp_path, lines, values, message
 
 
 def test_a_number_that_is_none_in_another_split_is_named(tmp_path):
-    lines = ["label,x,split", *(f"a{row // 2},{row},train" for row in range(8)), "v,1,val", "v,2,val", "t,none,test", "t,1,test"]
+    lines = ["label,x,split", *(f"a{row // 2},{row},train" for row in range(8)), "v,1,val", "v,2,val", "t,much,test", "t,1,test"]
     source = Table(write(tmp_path, lines))
     assert len(source.split("train")) == 8
-    with pytest.raises(ValueError, match="x is a column of numbers in training, but has 'none'"):
+    with pytest.raises(ValueError, match="x is a column of numbers in training, but has 'much'"):
         source.split("test")
 
 

@@ -10,6 +10,7 @@ from siamese.data.listing import SPLITS, Listed, rows, share_out, split_name
 from siamese.data.samples import Finding, Samples, Source
 
 _CATEGORIES = 1000
+_EMPTY = ("", "na", "n/a", "nan", "null", "none")  # in a column of numbers, in any case
 
 
 class Table(Source):
@@ -100,14 +101,18 @@ class Table(Source):
         for name in (name for name in names if name not in (self.label, "split", "group", *self.ignore)):
             texts = [self._rows[place].get(name, "") for place in training]
             values = {text for text in texts if text}
-            numbers = name not in self.categories and all(map(_is_number, values))
             if len(values) < 2:
                 alone.append(name)
                 continue
-            if numbers:
-                known = [float(text) for text in texts if text]
-                self.columns[name] = math.fsum(known) / len(known)
-                if holes := [sample.where for sample, row in zip(self._listed, self._rows, strict=True) if not row.get(name, "")]:
+            known = [text for text in texts if text.lower() not in _EMPTY]
+            odd = [place for place in training if not _is_number(text := self._rows[place].get(name, "")) and text.lower() not in _EMPTY]
+            if name not in self.categories and 0 < len(odd) <= len(known) / 10:
+                where, text = self._listed[odd[0]].where, self._rows[odd[0]][name]
+                raise ValueError(f"{where}: {name} is {text!r} among numbers: mend it, or say dataset.categories=[{name}]")
+            if name not in self.categories and known and all(map(_is_number, known)):
+                self.columns[name] = math.fsum(map(float, known)) / len(known)
+                rows_of = zip(self._listed, self._rows, strict=True)
+                if holes := [sample.where for sample, row in rows_of if row.get(name, "").lower() in _EMPTY]:
                     empty.append(f"{name}: {len(holes):,} of {len(listed):,}, the first in {holes[0]}")
             elif len(values) > _CATEGORIES:
                 raise ValueError(
@@ -140,6 +145,8 @@ def _is_number(text: str) -> bool:
 
 
 def _number(text: str, name: str, mean: float) -> float:
-    if text and not _is_number(text):
+    if text.lower() in _EMPTY:
+        return mean
+    if not _is_number(text):
         raise ValueError(f"{name} is a column of numbers in training, but has {text!r}: mend it, or say dataset.categories=[{name}]")
-    return float(text) if text else mean
+    return float(text)
