@@ -95,6 +95,8 @@ def assemble(config: dict):
     import logging
     from pathlib import Path
 
+    import torch
+
     from siamese.bundle import Bundle
     from siamese.data import checking
     from siamese.data.module import SiameseData
@@ -159,6 +161,9 @@ def assemble(config: dict):
         seed=config["seed"],
         config=config,
     )
+    if module.augmentation is not None:
+        with as_input_error("augmentation"):
+            module.augmentation(first.inputs[:2], torch.Generator())  # of inputs that it is not made for
     with as_input_error(f"loss={choices['loss']} with miner={choices['miner']}"):
         module.rehearse(first)
     with as_input_error("optimizer"):

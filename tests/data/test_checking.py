@@ -80,6 +80,11 @@ def test_tables_with_holes_are_named(tmp_path):
         check({"train": samples(values, "aabb", "r")}, [], tmp_path, "error")
 
 
+def test_a_table_of_one_column_shows_what_it_has_to(tmp_path):
+    check({"train": samples(torch.rand(6, 1), "aabbcc")}, [], tmp_path, "error")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("call", [lambda out: check({}, [], out, "loud"), lambda out: guard(samples(random(1), "a"), {}, out, "loud")])
 def test_another_mode_is_refused(tmp_path, call):
     with pytest.raises(ValueError, match="loud must be one of error, warn"):

@@ -29,9 +29,9 @@ def findings(splits: dict[str, Samples]) -> Iterator[Finding]:
         if inputs.is_floating_point():
             broken = (~flat.isfinite().all(1)).nonzero().flatten().tolist()
             yield Finding(True, f"inputs of {name} with NaN or infinite values", [ids[row] for row in broken], "mend or leave them out")
-        blank = torch.cat([block.amin(1) == block.amax(1) for block in flat.split(4096)]) if flat.numel() else torch.zeros(0)
-        blank = blank.nonzero().flatten().tolist()
-        yield Finding(False, f"inputs of {name} that are of one value and show nothing", [ids[row] for row in blank], "leave them out")
+        if inputs.dim() > 2 and len(inputs):  # images
+            blank = torch.cat([block.amin(1) == block.amax(1) for block in flat.split(4096)]).nonzero().flatten().tolist()
+            yield Finding(False, f"inputs of {name} that are of one value and show nothing", [ids[row] for row in blank], "leave them out")
         twice = [[], []]
         for first, second in equal(inputs).tolist():
             names = [samples.class_names[samples.labels[row]] if samples.labelled else "" for row in (first, second)]
