@@ -172,8 +172,8 @@ def test_the_log_names_data_and_directory(default_run):
     samples = Glyphs().split("train")
     assert f"{len(samples):,} samples of {len(samples.class_names)} classes" in log
     assert os.path.relpath(default_run, ROOT) in log
-    assert [line.partition(" WARNING ")[2][:40] for line in log.splitlines() if "WARNING" in line] == [
-        "siamese.data.checking: leakage: 176 judg"
+    assert [line.partition(" WARNING ")[2][:51] for line in log.splitlines() if "WARNING" in line] == [
+        "siamese.data.checking: leakage: judged samples that"
     ]
 
 

@@ -44,12 +44,12 @@ def test_all_that_is_wrong_is_said_once_the_serious_first(tmp_path, caplog):
     found = [Finding(True, "images that cannot be read", ["x.png (it is empty)"], "delete them"), Finding(False, "nothings", [], "-")]
     check(splits, found, tmp_path, "warn")
     assert [message.partition(", such as ")[0] for message in caplog.messages] == [
-        "check: 1 images that cannot be read",
-        "check: 1 classes that train and val share",
-        "check: 1 inputs of train that are of one value and show nothing",
-        "check: 1 inputs of train that occur in two classes",
-        "check: 1 inputs of train that occur twice",
-        "check: 1 classes of val that have one sample",
+        "check: images that cannot be read: 1",
+        "check: classes that train and val share: 1",
+        "check: inputs of train that are of one value and show nothing: 1",
+        "check: inputs of train that occur in two classes: 1",
+        "check: inputs of train that occur twice: 1",
+        "check: classes of val that have one sample: 1",
         f"check: all of it is in {caplog.messages[-1].rpartition(' ')[2]}",
     ]
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2 + ["INFO"] * 5
@@ -57,7 +57,7 @@ def test_all_that_is_wrong_is_said_once_the_serious_first(tmp_path, caplog):
     assert [row["where"] for row in rows] == ["x.png (it is empty)", "a", "t6", "t4 (c) = t2 (b)", "t1 = t0", "v2"]
     assert [row["serious"] for row in rows] == ["True"] * 2 + ["False"] * 4
     assert all(row["remedy"] for row in rows)
-    with pytest.raises(ValueError, match=r"1 images that cannot be read, such as x.png .* \(and 1 more, see above\): delete them, or say"):
+    with pytest.raises(ValueError, match=r"images that cannot be read: 1, such as x.png .* \(and 1 more, see above\): delete them, or say"):
         check(splits, found, tmp_path, "error")
 
 
@@ -69,14 +69,14 @@ def test_only_what_is_serious_stops_a_run(tmp_path):
 def test_off_looks_at_nothing_but_tells_what_was_left_out(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     check({"train": samples(random(3), "aab")}, [Finding(True, "broken", ["x"], "mend")], tmp_path, "off")
-    assert [message.partition(",")[0] for message in caplog.messages[:-1]] == ["check: 1 broken"]
+    assert [message.partition(",")[0] for message in caplog.messages[:-1]] == ["check: broken: 1"]
     check({"train": samples(random(3), "aab")}, [], tmp_path / "nowhere", "off")
 
 
 def test_tables_with_holes_are_named(tmp_path):
     values = torch.randn(4, 3)
     values[2, 1] = torch.nan
-    with pytest.raises(ValueError, match="1 inputs of train with NaN or infinite values, such as r2: mend or leave them out, or say"):
+    with pytest.raises(ValueError, match="inputs of train with NaN or infinite values: 1, such as r2: mend or leave them out, or say"):
         check({"train": samples(values, "aabb", "r")}, [], tmp_path, "error")
 
 
@@ -102,7 +102,7 @@ def test_leakage_is_told_listed_and_drawn(leaking, tmp_path, caplog):
     assert guard(*leaking, tmp_path, "warn").tolist() == []
     (message,) = caplog.messages
     assert message.startswith(
-        "leakage: 3 judged samples are, or nearly are, one of 2 training samples (2 pairs are equal), such as t5 and v3 of val"
+        "leakage: judged samples that training has, or nearly has: 3 (equal pairs: 2), such as v3 of val, which is t5: see "
     )
     rows = table(tmp_path / "leakage.csv")
     assert [(row["split"], row["training_sample"], row["sample"], row["training_class"], row["class"]) for row in rows] == [
@@ -119,10 +119,10 @@ def test_leakage_is_told_listed_and_drawn(leaking, tmp_path, caplog):
 
 
 def test_leakage_can_stop_the_run_be_dropped_or_be_ignored(leaking, tmp_path, caplog):
-    with pytest.raises(ValueError, match=r"3 judged samples are, or nearly are, one of 2 training samples .*leakage=drop does so"):
+    with pytest.raises(ValueError, match=r"training has, or nearly has: 3 .*leakage=drop does so"):
         guard(*leaking, tmp_path, "error")
     assert guard(*leaking, tmp_path, "drop").tolist() == [5, 7]
-    assert caplog.messages[-1].endswith("These training samples are left out")
+    assert caplog.messages[-1].endswith("Training goes without its 2")
     (tmp_path / "leakage.csv").unlink()
     assert guard(*leaking, tmp_path, "off").tolist() == []
     assert not (tmp_path / "leakage.csv").exists()
@@ -187,7 +187,7 @@ def test_a_run_on_a_folder_of_ones_own(command, drawings, tmp_path):
     done = command("train.py", *short, f"paths.output_dir={tmp_path}/stopped", **environment)
     assert done.code == 1
     message = done.err.strip().splitlines()[-1]
-    assert message.startswith("error: check: 1 images of train that cannot be read, such as class05/broken.png (cannot identify image file")
+    assert message.startswith("error: check: images of train that cannot be read: 1, such as class05/broken.png (it is no image)")
     assert message.endswith("replace or delete them, or say check=warn")
 
     dropped = ("check=warn", "leakage=drop", f"paths.output_dir={tmp_path}/run")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from siamese.data.leakage import Duplicates, duplicates, equal
+from siamese.data.leakage import duplicates, equal
 from siamese.data.samples import Finding, Samples
 
 MODES, LEAKAGE_MODES = ("error", "warn", "off"), ("error", "warn", "drop", "off")
@@ -70,17 +70,12 @@ def check(splits: dict[str, Samples], found: list[Finding], directory: Path, mod
     )
     for finding in found:
         level = logging.WARNING if finding.serious else logging.INFO
-        log.log(level, "check: %s %s, such as %s: %s", f"{len(finding.where):,}", finding.what, finding.where[0], finding.remedy)
+        log.log(level, "check: %s: %d, such as %s: %s", finding.what, len(finding.where), finding.where[0], finding.remedy)
     log.info("check: all of it is in %s", os.path.relpath(directory / "check.csv"))
     if mode == "error" and (serious := [finding for finding in found if finding.serious]):
         first, *more = serious
         others = f" (and {len(more)} more, see above)" if more else ""
-        raise ValueError(f"{len(first.where):,} {first.what}, such as {first.where[0]}{others}: {first.remedy}, or say check=warn")
-
-
-def leaks(training: Samples, splits: dict[str, Samples]) -> dict[str, Duplicates]:
-    """By split, which of its samples training has, or nearly has."""
-    return {name: duplicates(training.inputs, samples.inputs) for name, samples in splits.items()}
+        raise ValueError(f"{first.what}: {len(first.where):,}, such as {first.where[0]}{others}: {first.remedy}, or say check=warn")
 
 
 def guard(training: Samples, splits: dict[str, Samples], directory: Path, mode: str) -> torch.Tensor:
@@ -91,7 +86,7 @@ def guard(training: Samples, splits: dict[str, Samples], directory: Path, mode: 
     """
     if mode not in LEAKAGE_MODES:
         raise ValueError(f"{mode} must be one of {', '.join(LEAKAGE_MODES)}")
-    found = {} if mode == "off" else leaks(training, splits)
+    found = {} if mode == "off" else {name: duplicates(training.inputs, samples.inputs) for name, samples in splits.items()}
     rows = torch.cat([torch.zeros(0, dtype=torch.int64), *(pairs.left for pairs in found.values())]).unique()
     if not len(rows):
         return rows
@@ -110,12 +105,12 @@ def guard(training: Samples, splits: dict[str, Samples], directory: Path, mode: 
     exact = sum(int((pairs.alike == 1).sum()) for pairs in found.values())
     split, one, other = lines[0][:3]
     text = (
-        f"{judged:,} judged samples are, or nearly are, one of {len(rows):,} training samples ({exact:,} pairs are equal), such as "
-        f"{one} and {other} of {split}: see {os.path.relpath(directory / 'leakage.csv')}"
+        f"judged samples that training has, or nearly has: {judged:,} (equal pairs: {exact:,}), such as {other} of {split}, which is "
+        f"{one}: see {os.path.relpath(directory / 'leakage.csv')}"
     )
     if mode == "error":
         raise ValueError(f"{text}. Leave them out (leakage=drop does so with training's), or say leakage=warn")
-    log.warning("leakage: %s", f"{text}. These training samples are left out" if mode == "drop" else f"{text}, or say leakage=drop")
+    log.warning("leakage: %s", f"{text}. Training goes without its {len(rows):,}" if mode == "drop" else f"{text}, or say leakage=drop")
     return rows if mode == "drop" else rows[:0]
 
 

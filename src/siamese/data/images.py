@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
 
@@ -82,9 +82,7 @@ class Images(Source):
         folder = Path(os.environ.get("SIAMESE_DATA_DIR", "data"), "cache") if self.cache else None
         pixels, failed, small = _decoded([self._file(sample) for sample in listed], self.size, self.channels, self.fit, folder, name)
         kept = [sample for place, sample in enumerate(listed) if str(place) not in failed]
-        names = sorted({sample.label for sample in kept})
-        number = {label: place for place, label in enumerate(names)}
-        labels = torch.tensor([number[sample.label] for sample in kept], dtype=torch.int64)
+        names, labels = np.unique([sample.label for sample in kept], return_inverse=True)
         findings = []
         if failed:
             where = [f"{listed[int(place)].where} ({why})" for place, why in failed.items()]
@@ -93,7 +91,7 @@ class Images(Source):
             where = [f"{listed[place].where} ({width} x {height})" for place, width, height in small]
             what = f"images of {name} that are enlarged more than four times, to {self.size} x {self.size}"
             findings.append(Finding(False, what, where, "leave them out, or lower dataset.size"))
-        return Samples(pixels, labels, names, [sample.what for sample in kept]), findings
+        return Samples(pixels, torch.from_numpy(labels), names.tolist(), [sample.what for sample in kept]), findings
 
     def _file(self, sample: Listed) -> Path:
         return (self.path if self.path.is_dir() else self.path.parent) / sample.what
@@ -234,8 +232,10 @@ def decode(file: Path, size: int, channels: int, fit: str) -> tuple[np.ndarray |
             pixels = np.asarray(image).reshape(size, size, channels)
     except FileNotFoundError:
         return None, "there is no such file"
+    except UnidentifiedImageError:
+        return None, "it is no image" if file.stat().st_size else "it is empty"
     except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError, zlib.error) as error:
-        return None, "it is empty" if (stat := _stat(file)) and stat.st_size == 0 else str(error).partition("\n")[0][:100]
+        return None, str(error).partition("\n")[0][:100]
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)), whole
 
 

@@ -1,8 +1,10 @@
 """Rows of a table as samples: numbers and categories, a class to each row."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ class Table(Source):
 
     A table (.csv, .tsv, .jsonl, .parquet) has a column `label` and, if wanted, `split` (train, val, test) and `group`: what must stay
     on one side of the split. All other columns are features: numbers where every entry that training has is one, else categories.
+    A word in one of ten entries or fewer is taken for a mistake.
     What a column is, and what stands for an empty entry (training's mean; for a category, none), is learned from training alone.
     An id is the row's number in the file.
 
@@ -47,7 +50,7 @@ class Table(Source):
         self.path, self.label, self.ignore, self.categories = Path(path), label, tuple(ignore), tuple(categories)
         self._shares = {"val": val, "test": test, "seed": split_seed}
         self._listed: list[Listed] | None = None
-        self._findings: list[Finding] = []
+        self._findings: dict[str, list[Finding]] = {}
 
     def split(self, name: str) -> Samples:
         if name not in SPLITS:
@@ -56,13 +59,25 @@ class Table(Source):
             self._read()
         places = [place for place, sample in enumerate(self._listed) if sample.split == name]
         mine = [self._listed[place] for place in places]
-        names = sorted({sample.label for sample in mine})
-        number = {label: place for place, label in enumerate(names)}
-        labels = torch.tensor([number[sample.label] for sample in mine], dtype=torch.int64)
-        return Samples(self.features([self._rows[place] for place in places]), labels, names, [sample.where for sample in mine])
+        names, labels = np.unique([sample.label for sample in mine], return_inverse=True)
+        entries = [self._rows[place] for place in places]
+        self._findings[name] = list(self._found(name, mine, entries))
+        return Samples(self.features(entries), torch.from_numpy(labels), names.tolist(), [sample.where for sample in mine])
 
     def findings(self) -> list[Finding]:
-        return self._findings
+        return [finding for found in self._findings.values() for finding in found]
+
+    def _found(self, split: str, mine: list[Listed], entries: list[dict[str, str]]) -> Iterator[Finding]:
+        holes, unknown = [], []
+        for name, known in self.columns.items():
+            known = known if isinstance(known, float) else set(known)
+            for sample, text in zip(mine, (row.get(name, "") for row in entries), strict=True):
+                if isinstance(known, float) and text.lower() in _EMPTY:
+                    holes.append(f"{sample.where}: {name}")
+                elif not isinstance(known, float) and text and text not in known:
+                    unknown.append(f"{sample.where}: {name} is {text!r}")
+        yield Finding(False, f"empty entries of {split}, for which training's mean stands", holes, "fill them, or leave the column out")
+        yield Finding(False, f"entries of {split} that training never has, which count as none", unknown, "nothing, if they are few")
 
     def features(self, entries: list[dict[str, str]]) -> Tensor:
         """Rows by column name -> float32 [N, columns], as an encoder trained on this table wants them. What is missing is empty.
@@ -97,7 +112,7 @@ class Table(Source):
         self._listed = share_out(listed, **self._shares)
         training = [place for place, sample in enumerate(self._listed) if sample.split == "train"]
         self.columns: dict[str, float | list[str]] = {}
-        alone, empty, unknown = [], [], []
+        alone = []
         for name in (name for name in names if name not in (self.label, "split", "group", *self.ignore)):
             texts = [self._rows[place].get(name, "") for place in training]
             values = {text for text in texts if text}
@@ -111,9 +126,6 @@ class Table(Source):
                 raise ValueError(f"{where}: {name} is {text!r} among numbers: mend it, or say dataset.categories=[{name}]")
             if name not in self.categories and known and all(map(_is_number, known)):
                 self.columns[name] = math.fsum(map(float, known)) / len(known)
-                rows_of = zip(self._listed, self._rows, strict=True)
-                if holes := [sample.where for sample, row in rows_of if row.get(name, "").lower() in _EMPTY]:
-                    empty.append(f"{name}: {len(holes):,} of {len(listed):,}, the first in {holes[0]}")
             elif len(values) > _CATEGORIES:
                 raise ValueError(
                     f"{self.path}: {name} has {len(values):,} different entries, too many to be categories. Such as {min(values)!r}: "
@@ -121,20 +133,9 @@ class Table(Source):
                 )
             else:
                 self.columns[name] = sorted(values)
-                strange = [
-                    f"{sample.where}: {name} is {text!r}"
-                    for sample, row in zip(self._listed, self._rows, strict=True)
-                    if (text := row.get(name, "")) and text not in values
-                ]
-                unknown += strange
         if not self.columns:
             raise ValueError(f"{self.path} has no column to learn from, besides {', '.join([self.label, *self.ignore, *alone])}")
-        findings = [
-            Finding(False, "columns with empty entries, for which training's mean stands", empty, "fill them, or leave the column out"),
-            Finding(False, "columns of one value in training, which are left out", alone, "add others to dataset.ignore"),
-            Finding(False, "entries that training never has, which count as none", unknown, "nothing, if they are few"),
-        ]
-        self._findings = [finding for finding in findings if finding.where]
+        self._findings[""] = [Finding(False, "columns of one value in training, which are left out", alone, "name them in dataset.ignore")]
 
 
 def _is_number(text: str) -> bool:
