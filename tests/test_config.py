@@ -3,6 +3,8 @@
 import functools
 import itertools
 import re
+import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -10,7 +12,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from siamese.config import CONF, NO_ARGUMENTS, accepted, available, build, compose, construct, partial
+from siamese.config import CONF, NO_ARGUMENTS, accepted, available, build, compose, construct, interrupt_again, partial
 from siamese.data.samples import Samples
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -428,7 +430,7 @@ def test_the_rates_of_the_encoders_parts_come_from_the_optimizers_yaml(assembled
 # --- fast, and without torch
 
 
-@pytest.mark.parametrize(("flags", "limit"), [(["--help"], 1.0), (["--cfg", "job"], 0.4)])
+@pytest.mark.parametrize(("flags", "limit"), [(["--help"], 1.5), (["--cfg", "job"], 0.6)])
 def test_help_and_cfg_answer_at_once(python, flags, limit):
     """In CPU seconds of a machine that imports hydra in 0.19 of them; a slower or busier one is given as much more."""
     pairs = [(python("train.py", *flags), python("-c", "import hydra")) for _ in range(4)]
@@ -444,3 +446,17 @@ def test_help_and_cfg_import_nothing_heavy(python, script, flags):
     imported = set(re.findall(r"\| +(\w+)$", done.err, re.MULTILINE))
     assert "hydra" in imported
     assert not imported & {"torch", "lightning", "wandb", "numpy", "pytorch_metric_learning", "timm", "matplotlib"}
+
+
+def test_a_ctrl_c_that_falls_into_a_finaliser_is_not_lost(monkeypatch):
+    class Dying:
+        def __del__(self):
+            raise KeyboardInterrupt
+
+    def run():
+        Dying()
+        time.sleep(10)
+
+    monkeypatch.setattr(sys, "unraisablehook", interrupt_again)
+    with pytest.raises(KeyboardInterrupt):
+        run()

@@ -12,7 +12,9 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -73,6 +75,7 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
             raise
         return figures.get(config.get("optimized_metric"))
 
+    sys.unraisablehook = interrupt_again
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing them
     try:
         preflight(sys.argv[1:], config_name)
@@ -87,6 +90,13 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
         sys.exit(f"error: {explain(error, sys.argv[1:], config_name)}")
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
+
+
+def interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """Python drops a Ctrl-C that falls into a weak reference's callback or a finaliser: send it once more, shortly after."""
+    if unraisable.exc_type is not KeyboardInterrupt:
+        return sys.__unraisablehook__(unraisable)
+    threading.Timer(0.01, os.kill, (os.getpid(), signal.SIGINT)).start()
 
 
 def _raised_by_job(error: BaseException) -> bool:
