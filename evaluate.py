@@ -50,20 +50,22 @@ def evaluate(config: dict) -> dict[str, float]:
     input_shape = list(data.val.inputs.shape[1:])
     if not ckpt:
         torch.manual_seed(config["seed"])
-        made_of = bundle_arguments(config, input_shape, data.standardization())
+        made_of = bundle_arguments(config, input_shape, data.preprocessing())
         with as_input_error("encoder"):
             model = Bundle(**made_of)
     elif model.parts["encoder"].get("input_shape", input_shape) != input_shape:
         trained = model.parts["encoder"]["input_shape"]
         remedy = ": set dataset.size" if "size" in config["dataset"] else ""
         raise InputError(f"the encoder in {ckpt} takes inputs of shape {trained}, this data set has {input_shape}{remedy}")
-    others = {name: other_tests(name, input_shape, config) for name in dict.fromkeys(config["also"])}
+    with as_input_error("dataset"):
+        judging.check_fits(model, data.val)
+    others = {name: other_tests(name, data.val, config) for name in dict.fromkeys(config["also"])}
     fingerprints = {"val": data.val, "test": data.test, **{f"{name}/test": samples for name, samples in others.items()}}
     fingerprints = {name: samples.fingerprint() for name, samples in fingerprints.items()}
     record.write_json(out / "provenance.json", record.provenance(ROOT, fingerprints))
 
     started = time.perf_counter()
-    plain = judging.raw(model, input_shape)
+    plain = judging.raw(model, data.val)
     raw, judged = judging.judge(plain, data), judging.judge(model, data)
     results = {**judging.last_as("raw", raw), **(judged if ckpt else judging.last_as("untrained", judged))}
     for name, samples in others.items():
@@ -77,8 +79,8 @@ def evaluate(config: dict) -> dict[str, float]:
     return metrics
 
 
-def other_tests(name: str, input_shape: list[int], config: dict):
-    """The test split of another data set; where its images have a size to be chosen, in the size that the encoder takes."""
+def other_tests(name: str, own, config: dict):
+    """The test split of another data set than one's own; where its images have a size to be chosen, in the size that the encoder takes."""
     import logging
 
     said = [override for override in config["overrides"] if override.startswith("paths.")]
@@ -86,11 +88,14 @@ def other_tests(name: str, input_shape: list[int], config: dict):
         if name not in available("dataset"):
             raise ValueError(f"there is no data set {name}: take some of {', '.join(available('dataset'))}, as in 'also=[omniglot]'")
         other = compose([f"dataset={name}", *said], "evaluate")
-        if "size" in other["dataset"] and other["dataset"]["size"] != input_shape[-1]:
-            other = compose([f"dataset={name}", f"dataset.size={input_shape[-1]}", *said], "evaluate")
+        shape = list(own.inputs.shape[1:])
+        if "size" in other["dataset"] and other["dataset"]["size"] != shape[-1]:
+            other = compose([f"dataset={name}", f"dataset.size={shape[-1]}", *said], "evaluate")
         samples = build(other, "dataset").split("test")
-        if list(samples.inputs.shape[1:]) != input_shape:
-            raise ValueError(f"{name} has inputs of shape {list(samples.inputs.shape[1:])}, the encoder takes {input_shape}")
+        if samples.kind != own.kind or (samples.kind != "texts" and list(samples.inputs.shape[1:]) != shape):
+            raise ValueError(
+                f"{name} has {samples.kind} of shape {list(samples.inputs.shape[1:])}, the encoder takes {own.kind} of {shape}"
+            )
     logging.getLogger("evaluate").info("also test on %s of %s", samples, name)
     return samples
 

@@ -35,12 +35,13 @@ def train(config: dict) -> dict[str, float]:
 
     from siamese import judging, record
     from siamese.bundle import Bundle
-    from siamese.evaluation import FIGURES
+    from siamese.evaluation import FIGURES, PAIR_FIGURES
 
     log = logging.getLogger("train")
     out = Path(config["paths"]["output_dir"])
-    if config["optimized_metric"] not in [f"val/{name}" for name in FIGURES]:
-        raise InputError(f"optimized_metric={config['optimized_metric']} is not computed: take one of val/{', val/'.join(FIGURES)}")
+    figures = dict.fromkeys((*FIGURES, *PAIR_FIGURES))
+    if config["optimized_metric"] not in [f"val/{name}" for name in figures]:
+        raise InputError(f"optimized_metric={config['optimized_metric']} is not computed: take one of val/{', val/'.join(figures)}")
     if not 0 <= config["seed"] < 2**32:
         raise InputError(f"seed={config['seed']} must be a whole number from 0 to {2**32 - 1}")
     L.seed_everything(config["seed"], verbose=False)  # the weights; batches and augmentation have generators of their own
@@ -58,7 +59,7 @@ def train(config: dict) -> dict[str, float]:
         trainer, wandb_logger = make_trainer(config, provenance, module.model.encoder)
         started = time.perf_counter()
         untrained = {
-            **judging.last_as("raw", judging.judge(judging.raw(module.model, data.input_shape), data, config["test"])),
+            **judging.last_as("raw", judging.judge(judging.raw(module.model, data.val), data, config["test"])),
             **judging.last_as("untrained", judging.judge(module.model, data, config["test"])),
         }
         seconds["evaluate"] += time.perf_counter() - started
@@ -97,9 +98,12 @@ def assemble(config: dict):
 
     import torch
 
+    from siamese import judging
     from siamese.bundle import Bundle
     from siamese.data import checking
     from siamese.data.module import SiameseData
+    from siamese.evaluation import FIGURES, PAIR_FIGURES
+    from siamese.frozen import frozen_tensors
     from siamese.losses import CrossBatchMemory
     from siamese.module import SiameseModule
 
@@ -109,6 +113,9 @@ def assemble(config: dict):
         log.info("train on %s, validate on %s", data.train, data.val)
         if config["test"]:
             _ = data.test, data.source.oneshot_runs()
+    known, metric = PAIR_FIGURES if data.val.tuples is not None else FIGURES, config["optimized_metric"].removeprefix("val/")
+    if metric not in known:
+        raise InputError(f"optimized_metric=val/{metric} is not computed of {data.val}: take one of val/{', val/'.join(known)}")
     splits, out = {"val": data.val, **({"test": data.test} if config["test"] else {})}, Path(config["paths"]["output_dir"])
     with as_input_error("check"):
         checking.check({"train": data.train, **splits}, data.source.findings(), out, config["check"])
@@ -117,18 +124,23 @@ def assemble(config: dict):
     with as_input_error("val_classes"):
         if data.watched is not data.val:
             log.info("after each epoch %d samples of %d classes are judged, at the end all", len(data.watched), data.val_classes)
-    classes, input_shape = len(data.train.class_names), data.input_shape
     with as_input_error("sampling"):
         data.setup()
-    made_of = bundle_arguments(config, input_shape, data.standardization())
-    parts, trust = made_of["parts"], made_of["trust"]
+    made_of = bundle_arguments(config, data.input_shape, data.preprocessing())
     with as_input_error("encoder"):
         model = Bundle(**made_of)
+        judging.check_fits(model, data.train)
+    parts, trust = model.parts, made_of["trust"]
+    if frozen_tensors(model) and config["augmentation"]:
+        raise InputError(
+            f"encoder.frozen=true computes the features of each input once, augmentation={choices['augmentation']} makes other inputs at "
+            "every step: say augmentation=none"
+        )
     miner = build(config, "miner", distance=model.distance)
     if miner is not None and choices["sampling"] != "balanced":
         log.info("sampling=%s brings its own tuples: miner=%s is not used", choices["sampling"], choices["miner"])
         miner = None
-    sizes = {"num_classes": classes, "embedding_size": model.encoder.embedding_size}
+    sizes = {"num_classes": len(data.train.class_names), "embedding_size": model.encoder.embedding_size}
     loss = build(config, "loss", distance=model.distance, miner=miner, **sizes)
     if isinstance(loss, CrossBatchMemory):
         miner = None  # it lets the miner choose among the memory's tuples
@@ -144,7 +156,9 @@ def assemble(config: dict):
     if config["init_from"]:
         with as_input_error("init_from"):
             other = Bundle.load(config["init_from"], trust=trust)
-            if other.parts["encoder"] != parts["encoder"]:
+            # Whether the backbone is to be trained is not said by its weights.
+            mine, theirs = ({**of["encoder"], "frozen": None} for of in (parts, other.parts))
+            if mine != theirs:
                 raise ValueError(f"{config['init_from']} holds another encoder than this command asks for: {other.parts['encoder']}")
             model.encoder.load_state_dict(other.encoder.state_dict())
             if other.parts["distance"] == parts["distance"]:

@@ -52,7 +52,29 @@ def omniglot() -> tuple[str, list[File]]:
     ]
 
 
-DATASETS = {"omniglot": DataSet("1,623 handwritten characters of 50 alphabets, 20 drawings each (Lake et al. 2015), MIT licence", omniglot)}
+def clinc150() -> tuple[str, list[File]]:
+    """The file that siamese.data.clinc150 reads."""
+    checksum = "sha256:36923c3705a59e08fe9c3883d8bc2dd966ef93e22cb78ac41171782a698d56e0"
+    return "https://raw.githubusercontent.com/clinc/oos-eval/master", [File("data/data_full.json", checksum)]
+
+
+def abt_buy() -> tuple[str, list[File]]:
+    """The files that siamese.data.er_magellan reads, as they lie beside Ditto (Li et al. 2020)."""
+    digests = {
+        "train": "c1370966c08c246e9cf844b7cd2cf580b2559e9831f1eb3cca560fd53c1bcbb2",
+        "valid": "14b2c80673434b852febacd1a741c89e2ca0aba1658f4420efe4cbb46f4ef607",
+        "test": "df323df317af4ca33132e3c3a666983c5cbc69ef517f61df18f381b4d1662352",
+    }
+    prefix = "https://raw.githubusercontent.com/megagonlabs/ditto/master"
+    folder = "data/er_magellan/Textual/Abt-Buy"
+    return prefix, [File(f"{folder}/{name}.txt", f"sha256:{digest}") for name, digest in digests.items()]
+
+
+DATASETS = {
+    "omniglot": DataSet("1,623 handwritten characters of 50 alphabets, 20 drawings each (Lake et al. 2015), MIT licence", omniglot),
+    "clinc150": DataSet("23,700 questions of 150 intents and of none (Larson et al. 2019), CC BY 3.0", clinc150),
+    "abt_buy": DataSet("9,575 pairs of products of two shops, 1,028 of them the same (Mudgal et al. 2018)", abt_buy),
+}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -28,7 +28,8 @@ def draw(run: Path, to: Path, seed: int = 0) -> None:
     results = EvaluationResult.load(run / "results.npz")
     result, figures = results["test"], json.loads((run / "metrics.json").read_text())
     samples = instantiate(OmegaConf.load(run / ".hydra" / "config.yaml").dataset).split("test")
-    queries = np.random.default_rng(seed).choice(len(samples), SHOWN, replace=False)
+    rows, gallery = samples.roles()
+    queries = np.random.default_rng(seed).choice(len(rows), SHOWN, replace=False)
 
     figure = plt.figure(figsize=(10, 4.6), dpi=110, layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
@@ -41,9 +42,9 @@ def draw(run: Path, to: Path, seed: int = 0) -> None:
             if column == 1:
                 axis.axis("off")
                 continue
-            item = query if column == 0 else result.neighbours[query, column - 2]
+            item = rows[query] if column == 0 else gallery[result.neighbours[query, column - 2]]
             axis.imshow(255 - samples.inputs[item, 0].numpy(), cmap="gray", vmin=0, vmax=255)
-            same = result.labels[item] == result.labels[query]
+            same = samples.labels[item] == samples.labels[rows[query]]
             for spine in axis.spines.values():
                 spine.set_color("#888888" if column == 0 else SAME if same else DIFFERENT)
                 spine.set_linewidth(1 if column == 0 else 2)
@@ -60,7 +61,8 @@ def draw(run: Path, to: Path, seed: int = 0) -> None:
             color="#333333" if style != "-" else SAME,
         )
     axis.set(xscale="log", xlim=(1e-5, 1), ylim=(0, 1), xlabel="false-accept rate", ylabel="true-accept rate")
-    axis.set_title(f"same letter or not, all {len(samples) * (len(samples) - 1) // 2:,} pairs of test", fontsize=10)
+    pairs = len(samples) * (len(samples) - 1) // 2 if samples.gallery is None else len(rows) * len(gallery)
+    axis.set_title(f"same letter or not, all {pairs:,} pairs of test", fontsize=10)
     axis.grid(alpha=0.25)
     right.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     to.parent.mkdir(parents=True, exist_ok=True)

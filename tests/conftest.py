@@ -147,6 +147,38 @@ def drawings(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def transformer(tmp_path_factory) -> Path:
+    """A folder with a Hugging Face model as `save_pretrained` leaves it: random, of two narrow layers, its tokens words and letters."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    folder, letters = tmp_path_factory.mktemp("transformer"), "abcdefghijklmnopqrstuvwxyz0123456789"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "the", "##s", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = Tokenizer(models.WordPiece({token: place for place, token in enumerate(tokens)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
+    BertModel(BertConfig(vocab_size=len(tokens), **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def questions(tmp_path_factory) -> Path:
+    """A table of texts: 24 classes of 6, each with two words of its own among many of no meaning."""
+    path, rng = tmp_path_factory.mktemp("questions") / "questions.csv", np.random.default_rng(0)
+    words = ["".join(rng.choice(list("abcdefghijklmnop"), 5)) for _ in range(90)]
+    lines = ["text,label"]
+    for label in range(24):
+        for _ in range(6):
+            lines.append(" ".join(rng.permutation([*rng.choice(words[48:], 4), *words[2 * label : 2 * label + 2]])) + f",topic {label}")
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
 def tiny(drawings) -> list[str]:
     """Overrides of a run that takes a second: the drawings, a narrow encoder, two epochs of two steps, each validated."""
     return [
@@ -158,11 +190,12 @@ def tiny(drawings) -> list[str]:
 
 @pytest.fixture(scope="session")
 def fit(tiny):
-    """fit(folder, "loss=triplet") -> the figures of a tiny run in this process."""
+    """fit(folder, "loss=triplet") -> the figures of a tiny run in this process, on the drawings unless a dataset= is given."""
     import train
 
     def run(folder: Path, *overrides: str) -> dict[str, float]:
-        config = compose([*tiny, *overrides])
+        other = any(override.startswith("dataset=") for override in overrides)
+        config = compose([*(given for given in tiny if not (other and given.startswith("dataset"))), *overrides])
         folder.mkdir(parents=True, exist_ok=True)
         config["paths"]["output_dir"] = str(folder)
         return train.train(config)

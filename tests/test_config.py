@@ -24,7 +24,8 @@ ALSO = {"sampling": ["loss=contrastive"]}
 @pytest.fixture(autouse=True)
 def data_is_at_hand(drawings, monkeypatch):
     """As far as the check looks: the folder is there."""
-    (drawings.parent / "omniglot").mkdir(exist_ok=True)
+    for name in ("omniglot", "abt_buy"):
+        (drawings.parent / name).mkdir(exist_ok=True)
     monkeypatch.setenv("SIAMESE_DATA_DIR", str(drawings.parent))
 
 
@@ -35,7 +36,7 @@ def plain(overrides: str) -> dict:
 
 
 def composed(group: str, option: str) -> dict:
-    own = [f"dataset.path={CONF}"] if (group, option) in (("dataset", "images"), ("dataset", "table")) else []
+    own = [f"dataset.path={CONF}"] if group == "dataset" and "path" in list(OmegaConf.load(CONF / group / f"{option}.yaml")) else []
     return plain(" ".join([f"{group}={option}", *ALSO.get(group, []), *own]))
 
 
@@ -272,6 +273,13 @@ KNOBS = {
         "dataset.size=37": lambda dataset: (dataset.size, 37),
         "dataset.validation_alphabets=3": lambda dataset: (dataset.validation_alphabets, 3),
         "dataset.rotated_classes=true": lambda dataset: (dataset.rotated_classes, True),
+    },
+    "dataset=cub200 dataset.path=conf": {
+        "dataset.path=src": lambda dataset: (dataset.path, Path("src")),
+        "dataset.size=38": lambda dataset: (dataset.size, 38),
+        "dataset.channels=1": lambda dataset: (dataset.channels, 1),
+        "dataset.fit=pad": lambda dataset: (dataset.fit, "pad"),
+        "dataset.val=0.39": lambda dataset: (dataset._shares["val"], 0.39),
     },
     "callbacks=early_stopping": {"callbacks.early_stopping.patience=37": lambda callback: (callback.patience, 37)},
     "callbacks=ema": {"callbacks.ema.decay=0.46": lambda callback: (callback.decay, 0.46)},

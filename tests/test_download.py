@@ -277,6 +277,20 @@ def test_list_and_usage(script, capsys):
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("name", "count"), [("clinc150", 1), ("abt_buy", 3)])
+def test_the_tables_of_texts(name, count):
+    module = load_script()
+    prefix, files = module.DATASETS[name].files()
+    assert prefix.startswith("https://")
+    assert len(files) == count
+    assert {len(file.checksum) for file in files} == {len("sha256:") + 64}
+    folder = Path(os.environ.get("SIAMESE_DATA_DIR", "data")) / name
+    if not folder.is_dir():
+        pytest.skip(f"no {name} below SIAMESE_DATA_DIR to check the checksums on")
+    for file in files:
+        assert module.has_checksum(folder / Path(file.path).name, file.checksum), file.path
+
+
 def test_omniglot_table():
     module = load_script()
     prefix, files = module.DATASETS["omniglot"].files()

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import sklearn.metrics
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from torch.nn.functional import normalize
 
 from siamese import _walk, intervals
 from siamese.distances import LearnedDistance
-from siamese.evaluation import FIGURES, EvaluationResult, evaluate, higher_is_better
+from siamese.evaluation import FIGURES, EvaluationResult, evaluate, evaluate_tuples, higher_is_better
 from siamese.intervals import mean_interval
 
 COSINE, SPHERE, PLAIN = CosineSimilarity(), LpDistance(), LpDistance(normalize_embeddings=False)
@@ -494,6 +495,8 @@ def test_a_gallery_of_its_own_is_what_queries_are_compared_with():
     assert result.figures["recall_at_1"] == pytest.approx((nearest == labels[:60])[same.any(1)].float().mean().item())
     assert result.figures["queries_without_match"] == int((~same.any(1)).sum())
     assert not [name for name in result.figures if "shot" in name]
+    assert result.gallery_labels == gallery[1].tolist()
+    assert [result.gallery_ids[row] for row in result.neighbours[:, 0]] == [str(row) for row in score.argmax(1)]
     with pytest.raises(ValueError, match="in the gallery"):
         evaluate(embeddings[:60], labels[:60], COSINE, gallery=(stranger, torch.full((20,), -1)))
     gallery[0][3, 1] = math.nan
@@ -569,13 +572,14 @@ def test_a_result_survives_its_file(tmp_path):
     results = {
         "val": evaluate(embeddings, labels, COSINE, ids=ids, class_names=names),
         "test": evaluate(embeddings[:30], labels[:30], PLAIN, threshold=-1.25),
+        "parted": evaluate(embeddings[:30], labels[:30], COSINE, gallery=(embeddings[30:], labels[30:]), gallery_ids=ids[30:]),
     }
     EvaluationResult.save(results, tmp_path / "results.npz")
     assert [path.name for path in tmp_path.iterdir()] == ["results.npz"]
     with np.load(tmp_path / "results.npz", allow_pickle=False) as archive:
         assert all(archive[name].dtype != object for name in archive.files)
     read = EvaluationResult.load(tmp_path / "results.npz")
-    assert list(read) == ["val", "test"]
+    assert list(read) == ["val", "test", "parted"]
     for prefix, result in results.items():
         for name, value in vars(result).items():
             if isinstance(value, np.ndarray):
@@ -584,6 +588,7 @@ def test_a_result_survives_its_file(tmp_path):
             else:
                 assert getattr(read[prefix], name) == value
     assert read["val"].ids == ids
+    assert (read["val"].gallery_ids, read["parted"].gallery_ids) == ([], ids[30:])
     assert read["val"].class_names == names
 
 
@@ -608,3 +613,95 @@ def test_embeddings_of_any_length_are_judged_by_their_direction():
     lengths = torch.rand(40, 1, generator=torch.Generator().manual_seed(1)) + 0.5
     long, unit = (evaluate(x, labels, COSINE, ways=()).figures for x in (embeddings * lengths, normalize(embeddings)))
     assert long == pytest.approx(unit, abs=1e-4)
+
+
+# --- listed pairs and triplets
+
+
+def listed(seed: int = 0, total: int = 300, size: int = 60):
+    """(embeddings, rows, same): same pairs are nearer, some pairs are listed twice."""
+    generator = torch.Generator().manual_seed(seed)
+    embeddings = torch.randn(size, 8, generator=generator)
+    embeddings[size // 2 :] = embeddings[: size // 2] + 0.9 * torch.randn(size // 2, 8, generator=generator)
+    left = torch.randint(size // 2, (total,), generator=generator)
+    same = torch.rand(total, generator=generator) < 0.3
+    other = torch.randint(size, (total,), generator=generator)
+    return embeddings, torch.stack([left, torch.where(same, left + size // 2, other)], 1), same
+
+
+@pytest.mark.parametrize("distance", [CosineSimilarity(), LpDistance(normalize_embeddings=False), LpDistance(p=1)])
+def test_listed_pairs_are_judged_as_scikit_learn_does(distance):
+    embeddings, rows, same = listed()
+    result = evaluate_tuples(embeddings, rows, same, distance)
+    matrix = distance(embeddings.double())
+    score = torch.stack([matrix[a, b] * (1 if distance.is_inverted else -1) for a, b in rows.tolist()]).numpy()
+    precision, recall, thresholds = sklearn.metrics.precision_recall_curve(same, score)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    assert result.figures["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(same, score), abs=1e-6)
+    assert result.figures["average_precision"] == pytest.approx(sklearn.metrics.average_precision_score(same, score), abs=1e-6)
+    assert result.figures["best_f1"] == pytest.approx(result.figures["f1"])
+    assert result.figures["f1"] == pytest.approx(f1.max(), abs=1e-6)
+    assert result.figures["f1_threshold"] == pytest.approx(thresholds[f1[:-1].argmax()], abs=1e-5)
+    other, *listed_again = listed(seed=1)
+    there = evaluate_tuples(other, *listed_again, distance, **{k: result.figures[k] for k in ("threshold", "f1_threshold")}).figures
+    matrix = distance(other.double()) * (1 if distance.is_inverted else -1)
+    score = np.array([matrix[a, b].item() for a, b in listed_again[0].tolist()])
+    assert there["f1"] == pytest.approx(sklearn.metrics.f1_score(listed_again[1], score >= there["f1_threshold"] - 1e-6))
+    assert there["f1"] < there["best_f1"]
+    assert there["f1_threshold"] == result.figures["f1_threshold"]
+    wanted = sklearn.metrics.balanced_accuracy_score(listed_again[1], score >= there["threshold"] - 1e-6)
+    assert there["accuracy"] == pytest.approx(wanted)
+
+
+def test_a_threshold_above_all_scores_accepts_none():
+    assert evaluate_tuples(*listed(), CosineSimilarity(), f1_threshold=2.0).figures["f1"] == 0
+
+
+def test_each_kind_of_pair_is_judged_with_the_pairs_of_the_other_sort():
+    embeddings, rows, same = listed()
+    kinds = ["genuine" if alike else ("random", "skilled", "")[row % 3] for row, alike in enumerate(same.tolist())]
+    mixed = ["early" if row < 100 else "" for row in range(len(same))]
+    result = evaluate_tuples(embeddings, rows, same, CosineSimilarity(), kinds=kinds)
+    early = evaluate_tuples(embeddings, rows, same, CosineSimilarity(), kinds=mixed, threshold=result.figures["threshold"])
+    score = torch.stack([torch.cosine_similarity(embeddings[a], embeddings[b], 0) for a, b in rows.tolist()]).numpy()
+    for kind in ("random", "skilled"):
+        chosen = np.array([name in (kind, "genuine") for name in kinds])
+        assert result.figures[f"{kind}/auc"] == pytest.approx(sklearn.metrics.roc_auc_score(same[chosen], score[chosen]), abs=1e-6)
+        accepted = score[chosen] >= result.figures["threshold"] - 1e-6
+        assert result.figures[f"{kind}/accuracy"] == pytest.approx(sklearn.metrics.balanced_accuracy_score(same[chosen], accepted))
+    assert early.figures["early/auc"] == pytest.approx(sklearn.metrics.roc_auc_score(same[:100], score[:100]), abs=1e-6)
+    assert not [name for name in result.figures if name.startswith("genuine/")], "with all the others it is the whole list"
+
+
+def test_triplets_are_judged_as_their_pairs_and_by_which_is_nearer():
+    generator = torch.Generator().manual_seed(0)
+    embeddings, rows = torch.randn(30, 4, generator=generator), torch.randint(30, (90, 3), generator=generator)
+    embeddings[10] = embeddings[11]
+    rows[0] = torch.tensor([3, 10, 11])  # a tie is no success
+    result = evaluate_tuples(embeddings, rows, None, CosineSimilarity())
+    nearer, scores, same = 0, [], []
+    for a, p, n in rows.tolist():
+        near, far = (round(torch.cosine_similarity(embeddings[a].double(), embeddings[other].double(), 0).item(), 6) for other in (p, n))
+        nearer += near > far
+        scores, same = [*scores, near, far], [*same, 1, 0]
+    assert result.figures["triplet_accuracy"] == pytest.approx(nearer / 90)
+    assert result.figures["auc"] == pytest.approx(sklearn.metrics.roc_auc_score(same, scores), abs=1e-5)
+
+
+def test_a_result_of_listed_pairs_is_saved_and_names_the_hardest(tmp_path):
+    embeddings, rows, same = listed()
+    names = [f"p.csv, row {row}" for row in range(len(same))]
+    result = evaluate_tuples(embeddings, rows, same, CosineSimilarity(), where=names)
+    EvaluationResult.save({"test": result}, tmp_path / "results.npz")
+    again = EvaluationResult.load(tmp_path / "results.npz")["test"]
+    assert again.figures == result.figures
+    score = torch.stack([torch.cosine_similarity(embeddings[a], embeddings[b], 0) for a, b in rows.tolist()])
+    worst = names[int(score.where(same, torch.inf).argmin())]
+    assert f"the same pair that looks least so: {worst}, " in "".join(again.notes)
+
+
+def test_an_embedding_that_is_not_finite_is_named_among_listed_pairs():
+    embeddings, rows, same = listed()
+    embeddings[7] = torch.nan
+    with pytest.raises(ValueError, match="1 of 60 embeddings are NaN or infinite, among them seven"):
+        evaluate_tuples(embeddings, rows, same, CosineSimilarity(), ids=["seven" if row == 7 else "" for row in range(60)])

@@ -12,6 +12,7 @@ from siamese.data.module import SiameseData
 from siamese.data.samples import Samples, Source
 from siamese.data.sampling import balanced
 from siamese.evaluation import evaluate
+from siamese.metrics import EmbeddingMetrics
 
 SHAPE = (1, 8, 8)
 PARTS = {
@@ -56,6 +57,9 @@ class WithRuns(Patterns):
         return runs
 
 
+PATTERNS = patterns(2, 2, 0)
+
+
 def data(source: Source) -> SiameseData:
     return SiameseData(source, lambda samples, seed: balanced(samples, seed, 4, 2))
 
@@ -77,6 +81,56 @@ def test_val_and_test_are_judged_as_they_are(model):
         assert results[name].class_names == samples.class_names
 
 
+def with_roles(seed: int = 1) -> Samples:
+    """Of each of 8 classes 4 queries and 2 samples in the gallery, but for the last: none."""
+    given = patterns(8, 6, seed)
+    gallery = (torch.arange(48) % 3 == 0) & (given.labels < 7)
+    return Samples(given.inputs, given.labels, given.class_names, given.ids, gallery)
+
+
+def test_queries_are_judged_against_the_gallery_alone(model):
+    samples = with_roles()
+    result = judging.judge_samples(model, samples, None)
+    embedded, labels = torch.nn.functional.normalize(model.embed(samples.inputs).double()), samples.labels.tolist()
+    first, precision, nearest, alone = [], [], [], 0
+    for query in range(48):
+        if samples.gallery[query]:
+            continue
+        ranked = sorted(((float(embedded[query] @ embedded[row]), row) for row in range(48) if samples.gallery[row]), reverse=True)
+        same = [labels[row] == labels[query] for _, row in ranked]
+        nearest.append((samples.ids[query], samples.ids[ranked[0][1]], labels[ranked[0][1]]))
+        if matches := sum(same):
+            first.append(same[0])
+            precision.append(sum(sum(same[: k + 1]) / (k + 1) for k in range(matches) if same[k]) / matches)
+        else:
+            alone += 1
+    assert len(first) == 28
+    assert 0 < sum(first) < 28, "else this test tests nothing"
+    assert result.figures["recall_at_1"] == pytest.approx(sum(first) / 28)
+    assert result.figures["map_at_r"] == pytest.approx(sum(precision) / 28)
+    assert result.figures["queries_without_match"] == alone == 6
+    rows = result.neighbours[:, 0]
+    assert (
+        list(zip(result.ids, (result.gallery_ids[row] for row in rows), (result.gallery_labels[row] for row in rows), strict=True))
+        == nearest
+    )
+    assert judging.judge_samples(model, patterns(8, 6, 1), None).gallery_ids == []
+
+
+def test_what_is_watched_is_judged_by_its_roles_too(model):
+    """The class without a gallery comes last."""
+    some = data(Patterns(tested=False))
+    some.__dict__["val"], some.val_classes = with_roles(), 7
+    assert some.watched.labels.unique().tolist() == list(range(7))
+    metrics = EmbeddingMetrics(model.distance)
+    for batch in some.val_dataloader()[0]:
+        metrics.update(model.embed(batch.inputs), batch.labels, gallery=batch.gallery)
+    expected = judging.judge_samples(model, some.watched, None).figures
+    assert {name: float(value) for name, value in metrics.compute().items()} == pytest.approx(
+        {name: value for name, value in expected.items() if "shot" not in name}
+    )
+
+
 def test_the_threshold_of_the_test_is_that_of_validation(model):
     results = judging.judge(model, data(Patterns()))
     assert results["test"].figures["threshold"] == results["val"].figures["threshold"] == model.threshold
@@ -90,7 +144,7 @@ def test_a_test_split_that_is_not_wanted_is_never_read(model, kind):
     source = kind(tested=False)
     unwanted = data(source)
     assert list(judging.judge(model, unwanted, test=False)) == ["val"]
-    assert list(judging.judge(judging.raw(model, SHAPE), unwanted, test=False)) == ["val"]
+    assert list(judging.judge(judging.raw(model, PATTERNS), unwanted, test=False)) == ["val"]
     assert source.asked == ["val"]
     with pytest.raises(AssertionError, match="touched"):
         judging.judge(model, unwanted)
@@ -112,14 +166,14 @@ def test_official_runs_are_judged_where_the_source_has_them(model):
 
 def test_the_raw_row_is_that_of_the_pixels(model):
     samples = patterns(8, 6, 1)
-    results = judging.judge(judging.raw(model, SHAPE), data(Patterns()), test=False)
+    results = judging.judge(judging.raw(model, PATTERNS), data(Patterns()), test=False)
     expected = evaluate(samples.inputs.flatten(1).double() / 255, samples.labels, CosineSimilarity()).figures
     assert results["val"].figures == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_raw_row_uses_the_models_distance():
     euclidean = {"_target_": "pytorch_metric_learning.distances.LpDistance", "normalize_embeddings": False}
-    raw = judging.raw(Bundle({**PARTS, "distance": euclidean}), SHAPE)
+    raw = judging.raw(Bundle({**PARTS, "distance": euclidean}), PATTERNS)
     left, right = patterns(2, 1, 0).inputs
     expected = -((left.double() - right.double()) / 255).norm()
     assert raw.scores(raw.embed(left[None]), raw.embed(right[None])).item() == pytest.approx(expected.item(), rel=1e-4)
@@ -130,7 +184,7 @@ def test_the_raw_row_takes_a_distance_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "my_distance.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     model = Bundle({**PARTS, "distance": {"_target_": "my_distance.Mine"}}, trust=("my_distance",))
-    assert type(judging.raw(model, SHAPE).distance) is type(model.distance)
+    assert type(judging.raw(model, PATTERNS).distance) is type(model.distance)
 
 
 def test_figures_carry_the_name_of_their_row():

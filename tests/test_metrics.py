@@ -35,6 +35,11 @@ def expected():
     return embeddings, labels, evaluate(embeddings, labels, CosineSimilarity(), ways=(), certainty=False).figures
 
 
+def against_gallery(embeddings, labels, gallery) -> dict[str, float]:
+    sides = [(embeddings[rows], labels[rows]) for rows in (~gallery, gallery)]
+    return evaluate(*sides[0], CosineSimilarity(), gallery=sides[1], certainty=False).figures
+
+
 def fed(embeddings, labels, size: int = 50, **options) -> EmbeddingMetrics:
     metrics = EmbeddingMetrics(CosineSimilarity(), **options)
     for rows in torch.arange(len(labels)).split(size):
@@ -92,6 +97,21 @@ def test_of_a_sample_that_comes_again_the_first_counts(expected):
     metrics.update(embeddings, labels, torch.arange(170))
     metrics.update(-embeddings[:7], labels[:7], torch.arange(7))
     assert plain(metrics.compute()) == pytest.approx(figures, abs=1e-12)
+
+
+def test_queries_are_compared_with_the_gallery_alone(expected):
+    embeddings, labels, figures = expected
+    metrics, gallery = EmbeddingMetrics(CosineSimilarity()), labels % 5 + torch.arange(170) % 4 > 3
+    for rows in torch.arange(170).split(50):
+        metrics.update(embeddings[rows], labels[rows], gallery=gallery[rows])
+    found = plain(metrics.compute())
+    assert found == pytest.approx(against_gallery(embeddings, labels, gallery), abs=1e-12)
+    assert found != pytest.approx(figures, abs=1e-3)
+    for gallery in (torch.ones(170, dtype=torch.bool), torch.zeros(170, dtype=torch.bool)):
+        metrics.reset()
+        metrics.update(embeddings, labels, gallery=gallery)
+        with pytest.raises(ValueError, match="judging needs a query with a sample of its class, and one of another, in the gallery"):
+            metrics.compute()
 
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method")
@@ -290,6 +310,15 @@ def worker(rank: int, world: int, folder: Path) -> None:
     found["idle"], found["pairs"] = plain(idle.compute()), plain(pairs.compute())
     found["pairs again"] = plain(pairs.compute())
 
+    parted, roles = EmbeddingMetrics(CosineSimilarity()), torch.arange(170) % 3 == 0  # of three ranks the first has the gallery alone
+    for some in rows.split(30):
+        parted.update(embeddings[some], labels[some], some, roles[some])
+    found["roles"] = plain(parted.compute())
+    if rank == 0:
+        parted.update(embeddings[:1], labels[:1])
+    with pytest.raises(ValueError, match="gallery was given with some samples and not with others"):
+        parted.compute()
+
     for numbers in (None, mine):
         idle.reset()
         idle.update(torch.where(mine == world - 1, torch.nan, embeddings[mine].T).T, labels[mine], numbers)
@@ -317,6 +346,7 @@ def test_over_processes_the_figures_are_those_of_one_and_all_raise_what_one_must
     found = all_found[0]
     assert found["shared out"] == pytest.approx(figures, abs=1e-12)
     assert found["no numbers"] == pytest.approx(figures, abs=1e-12)
+    assert found["roles"] == pytest.approx(against_gallery(embeddings, labels, torch.arange(170) % 3 == 0), abs=1e-12)
     rows = torch.tensor([*range(170), 0])
     assert found["one more"] == pytest.approx(plain(fed(embeddings[rows], labels[rows]).compute()), abs=1e-12)
     assert found["idle"] == pytest.approx(plain(fed(embeddings.bfloat16(), labels).compute()), abs=1e-12)

@@ -19,7 +19,7 @@ DRAWINGS = ["dataset=omniglot", "dataset.background=small1", "sampling.classes=1
 
 
 @pytest.fixture(scope="module")
-def copy(drawings, tmp_path_factory) -> Path:
+def copy(drawings, questions, tmp_path_factory) -> Path:
     """The project without its history, so that examples can be added and runs leave nothing behind."""
     folder = tmp_path_factory.mktemp("readme") / "project"
     folder.mkdir()
@@ -33,6 +33,10 @@ def copy(drawings, tmp_path_factory) -> Path:
     (folder / "photos.csv").write_text("path,label\n" + "".join(lines))
     wines = "".join(f"w{row // 4},{row * 37 % 11},{'red' if row % 3 else 'white'}\n" for row in range(160))
     (folder / "wines.csv").write_text("wine,strength,colour\n" + wines)
+    shutil.copy(questions, folder)
+    texts = [line.partition(",")[0] for line in questions.read_text().splitlines()[1:]]
+    pairs = [f"{left},{right},{row % 2}\n" for row, (left, right) in enumerate(zip(texts[::2], texts[1::2], strict=True))]
+    (folder / "pairs.csv").write_text("left,right,same\n" + "".join(pairs))
     return folder
 
 
@@ -65,10 +69,10 @@ def shortened(command: str) -> list[str] | None:
         return words
     kept = [word.replace("glob(*)", "glob(a*)") for word in words if not word.startswith("trainer.max_epochs")]
     kept += [*FEW_STEPS, "test=false"]
-    if "dataset=images" in words or "dataset=table" in words:
+    if {"dataset=images", "dataset=table", "dataset=texts"} & set(words):
         kept.append("sampling.classes=8")
-    if "encoder=koch" in words:  # 38 million weights of its 39 are of the last layer
-        return [*kept, DRAWINGS[1], "sampling.batch_size=8", "encoder.embedding_size=128"]
+    if {"dataset=texts", "dataset=pairs"} & set(words):
+        kept += ["encoder.model=MODEL", "encoder.max_length=32"]
     named = any(word.startswith(("dataset=", "experiment=")) for word in words)
     if any("omniglot" in word for word in words):
         kept += DRAWINGS[1:]
@@ -78,10 +82,10 @@ def shortened(command: str) -> list[str] | None:
 
 
 @pytest.mark.parametrize("words", [shortened(command) for command in COMMANDS if shortened(command)], ids=shlex.join)
-def test_command_works_as_written(words, run, request):
+def test_command_works_as_written(words, run, transformer, request):
     if any("/one" in word for word in words):
         request.getfixturevalue("stamps")
-    run(words)
+    run([word.replace("MODEL", str(transformer)) for word in words])
 
 
 def test_make_targets_named_exist():

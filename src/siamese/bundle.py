@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from siamese.distances import scores
+from siamese.frozen import Frozen
 
 _TRUSTED = ("siamese", "pytorch_metric_learning")
 
@@ -34,6 +35,13 @@ class Standardize(nn.Module):
         return (inputs - inputs.new_tensor(self.mean).view(shape)) / inputs.new_tensor(self.std).view(shape)
 
 
+class Unchanged(nn.Module):
+    """Inputs as they are, for encoders that take them so: texts."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+
 class Bundle(nn.Module):
     """Everything needed to embed and decide.
 
@@ -49,8 +57,10 @@ class Bundle(nn.Module):
 
     def __init__(self, parts: dict, threshold: float | None = None, config: dict | None = None, trust: tuple[str, ...] = ()):
         super().__init__()
-        self.parts, self.threshold, self.config = parts, threshold, config or {}
         self.encoder = construct_trusted(parts["encoder"], nn.Module, trust)
+        # What an encoder has learned of itself when it was made, and needs to be made again: of a pretrained one its configuration.
+        self.parts = {**parts, "encoder": {**parts["encoder"], **getattr(self.encoder, "arguments", {})}}
+        self.threshold, self.config = threshold, config or {}
         sizes = {"embedding_size": self.encoder.embedding_size} if hasattr(self.encoder, "embedding_size") else {}
         self.distance = construct_trusted(parts["distance"], nn.Module, trust, **sizes)
         self.preprocessing = construct_trusted(parts["preprocessing"], nn.Module, trust)
@@ -111,6 +121,10 @@ class Bundle(nn.Module):
                 parts["encoder"] = {**parts["encoder"], "pretrained": False}
             bundle = cls(parts, saved.get("threshold"), saved["config"], trust)
             bundle.load_state_dict(state)
+            for part in bundle.modules():
+                if isinstance(part, Frozen) and Path(path).suffix == ".safetensors":  # for use, on inputs that do not come again
+                    part.remembers = False
+            bundle.parts = saved["parts"]
         except RuntimeError as error:
             raise ValueError(f"the weights in {path} do not fit its own encoder: {' '.join(str(error).split())[:200]}") from error
         except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressB
 from torch import Tensor, nn
 
 from siamese.encoders import part_of
+from siamese.frozen import frozen_tensors
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +92,8 @@ class Freeze(Callback):
             batches of other data would spoil them.
 
     Raises:
-        ValueError: no parts, one that the encoder has not, or all of it; an `until_epoch` that is not a whole number from 1.
+        ValueError: no parts, one that the encoder has not or never trains, or all of it; an `until_epoch` that is not a whole
+            number from 1.
     """
 
     def __init__(self, encoder: nn.Module, parts: list[str] | str, until_epoch: int | None = None, batch_norm: bool = True):
@@ -101,7 +103,10 @@ class Freeze(Callback):
             raise ValueError(f"until_epoch={until_epoch} must be a whole number from 1, or null for good")
         frozen = [part_of(encoder, name) for name in ([parts] if isinstance(parts, str) else parts)]
         self.parameters = [parameter for part in frozen for parameter in part.parameters()]
-        if {*self.parameters} >= {*encoder.parameters()}:
+        never = frozen_tensors(encoder)
+        if never & {*self.parameters}:
+            raise ValueError(f"parts={parts}: encoder.frozen=true never trains them: name others, or leave callbacks=freeze away")
+        if {*self.parameters} >= {*encoder.parameters()} - never:
             raise ValueError(f"parts={parts} are all of the encoder, which leaves nothing to train: name fewer")
         self.norms = [layer for part in frozen for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         self.until_epoch, self.batch_norm = until_epoch, batch_norm
@@ -134,8 +139,12 @@ class EMA(Callback):
         self.decay, self.step, self.average = decay, 0, None
 
     def _live(self, module: L.LightningModule) -> list[Tensor]:
-        """Each weight once, of the loss too, and the encoder's statistics; a loss's own buffers are memories, not to be averaged."""
-        return [tensor.detach() for tensor in (*module.parameters(), *module.model.buffers())]
+        """Each weight once, of the loss too, and the encoder's statistics; a loss's own buffers are memories, not to be averaged.
+
+        What is frozen is its own average.
+        """
+        frozen = frozen_tensors(module)
+        return [tensor.detach() for tensor in (*module.parameters(), *module.model.buffers()) if tensor not in frozen]
 
     def _swap(self, module: L.LightningModule) -> None:
         for live, average in zip(self._live(module), self.average or [], strict=self.average is not None):

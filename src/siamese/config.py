@@ -192,11 +192,18 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
         raise InputError("ckpt= resumes a run with everything, init_from= takes weights only: give one of them")
     path = config["dataset"].get("path")
     if path is not None and not Path(path).exists():
-        remedy = f"python scripts/download.py {choices['dataset']}" if choices["dataset"] == "omniglot" else "check the path"
         raise InputError(
-            f"dataset.path: there is no {path}. Fetch it ({remedy}), or say where it lies: SIAMESE_DATA_DIR=DIR or dataset.path=DIR"
+            f"dataset.path: there is no {path}. Fetch it ({_origin(choices['dataset'])}), or say where it lies: "
+            "SIAMESE_DATA_DIR=DIR or dataset.path=DIR"
         )
     return {**config, "choices": choices, "overrides": overrides, "sweep": None}
+
+
+def _origin(dataset: str) -> str:
+    """Where to get it: the command or address in the first line of its YAML."""
+    file = CONF / "dataset" / f"{dataset}.yaml"
+    found = re.search(r"`(python [^`]+)`|(https?://\S+)", file.read_text().partition("\n")[0]) if file.is_file() else None
+    return found[1] or found[2] if found else "check the path"
 
 
 def on_the_sphere(distance: dict) -> bool:
@@ -450,13 +457,13 @@ def fitting(node: dict, name: str, offered: dict) -> dict:
     return {key: value for key, value in offered.items() if key in takes and key not in node}
 
 
-def bundle_arguments(config: dict, input_shape: tuple[int, ...], standardization: dict[str, list[float]]) -> dict:
+def bundle_arguments(config: dict, input_shape: tuple[int, ...], preprocessing: dict) -> dict:
     """What an untrained `Bundle` is made of, for data of this shape; the user's own configuration, so its packages are trusted."""
     encoder, distance = resolve(config, "encoder"), resolve(config, "distance")
     parts = {
         "encoder": {**encoder, **fitting(encoder, "encoder", {"input_shape": list(input_shape)})},
         "distance": distance,
-        "preprocessing": {"_target_": "siamese.bundle.Standardize", **standardization},
+        "preprocessing": preprocessing,
     }
     return {"parts": parts, "trust": tuple(part["_target_"].partition(".")[0] for part in (encoder, distance))}
 

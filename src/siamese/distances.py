@@ -9,13 +9,20 @@ from pytorch_metric_learning.distances import BaseDistance
 from torch import Tensor, nn
 from torch.nn import Module
 
-_CHUNK = 256
+_CHUNK, _PAIRS = 256, 128
 
 
 def scores(distance: Module, query: Tensor, gallery: Tensor) -> Tensor:
     """[Q, D] and [G, D] embeddings -> [Q, G] scores; higher is more alike."""
     matrix = distance(query, gallery)
     return matrix if distance.is_inverted else -matrix
+
+
+def pair_scores(distance: Module, left: Tensor, right: Tensor) -> Tensor:
+    """[P, D] and [P, D] embeddings -> float64 [P], the score of each with its own; higher is more alike."""
+    # By the call that all distances have: pytorch-metric-learning's `pairwise_distance` neither normalises nor is exact.
+    parts = zip(left.double().split(_PAIRS), right.double().split(_PAIRS), strict=True)
+    return torch.cat([scores(distance, *pair).diagonal() for pair in parts] or [left.new_zeros(0, dtype=torch.float64)])
 
 
 class LearnedDistance(BaseDistance):

@@ -8,6 +8,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torchvision.ops import Permute
+
+from siamese.frozen import Frozen
 
 
 class Conv4(nn.Module):
@@ -23,7 +26,7 @@ class Conv4(nn.Module):
 
     def __init__(self, input_shape: tuple[int, int, int], widths: tuple[int, ...] = (32, 64, 64, 64), embedding_size: int = 64):
         super().__init__()
-        channels, height, width = input_shape
+        channels, height, width = _of_images(input_shape)
         if min(height, width) < 2 ** len(widths):
             raise ValueError(
                 f"{len(widths)} halvings need inputs of at least {2 ** len(widths)} x {2 ** len(widths)}, these are {height} x {width}"
@@ -57,7 +60,7 @@ class Koch(nn.Module):
 
     def __init__(self, input_shape: tuple[int, int, int], embedding_size: int = 4096):
         super().__init__()
-        before, *sides = input_shape
+        before, *sides = _of_images(input_shape)
         self.embedding_size = embedding_size
         blocks = []
         for after, kernel in ((64, 10), (128, 7), (128, 4), (256, 4)):
@@ -76,6 +79,12 @@ class Koch(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         # In bfloat16 a sigmoid near 1 has steps of 0.004, as large as the differences that tell two inputs apart.
         return self.layers(inputs.to(memory_format=torch.channels_last)).float().sigmoid()
+
+
+def _of_images(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) != 3:
+        raise ValueError(f"it takes images, these inputs have the shape {list(shape)}: use encoder=mlp for tables, transformer for texts")
+    return shape
 
 
 class MLP(nn.Module):
@@ -118,6 +127,7 @@ class Timm(nn.Module):
         hidden: widths of the head's hidden layers, with batch-norm and ReLU; none makes it linear.
         embedding_size: of the head; None leaves the pooled features as they are.
         normalize: embeddings of length 1.
+        frozen: train the head alone: backbone and pool stay as they are, and run once for each input (`siamese.frozen.Frozen`).
 
     Raises:
         ValueError: timm has no such model, the model has no feature map to pool, or the arguments do not fit together.
@@ -133,6 +143,7 @@ class Timm(nn.Module):
         hidden: tuple[int, ...] = (),
         embedding_size: int | None = 128,
         normalize: bool = False,
+        frozen: bool = False,
     ):
         super().__init__()
         import timm
@@ -140,13 +151,15 @@ class Timm(nn.Module):
         if not timm.is_model(model):
             near = timm.list_models(f"*{model.partition('.')[0][:6]}*")[:5]
             raise ValueError(f"timm has no model {model!r}" + (f": near are {', '.join(near)}" if near else ""))
-        chans = input_shape[0] if in_chans is None else in_chans
+        chans = _of_images(input_shape)[0] if in_chans is None else in_chans
         if chans != input_shape[0]:
             raise ValueError(f"in_chans={chans}, but the data has {input_shape[0]} channels")
         if pool not in _POOLS:
             raise ValueError(f"pool={pool} is not known: take one of null, {', '.join(name for name in _POOLS if name)}")
         if hidden and not embedding_size:
             raise ValueError(f"hidden={list(hidden)} makes a head, which needs an embedding_size")
+        if frozen and not embedding_size:
+            raise ValueError("frozen=true trains the head alone, which needs an embedding_size")
         # With an empty `global_pool` timm's models end in their feature map: through all of their weights, unlike `forward_features`.
         unpooled = {} if pool is None else {"global_pool": ""}
         self.backbone = timm.create_model(model, pretrained=pretrained, in_chans=chans, num_classes=0, **unpooled)
@@ -158,7 +171,9 @@ class Timm(nn.Module):
             raise ValueError(f"pool={pool} needs a feature map, {model} ends in {list(features.shape[1:])} for each image: say pool=null")
         self.backbone.train()
         width = features.shape[-1 if self.channels_last else 1]
-        self.pool = _POOLS[pool]()
+        self.pool, self.frozen = _POOLS[pool](), frozen
+        if frozen:
+            self.backbone = Frozen(self.backbone, nn.Sequential(Permute([0, 3, 1, 2]), self.pool) if self.channels_last else self.pool)
         self.embedding_size, self.normalize = embedding_size or width, normalize
         layers = _fully_connected(width, hidden, embedding_size) if embedding_size else [nn.Identity()]
         self.head = nn.Sequential(*layers) if hidden else layers[0]
@@ -166,7 +181,9 @@ class Timm(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         features = self.backbone(inputs.to(memory_format=torch.channels_last))
-        embeddings = self.head(self.pool(features.permute(0, 3, 1, 2) if self.channels_last else features))
+        if not self.frozen:
+            features = self.pool(features.permute(0, 3, 1, 2) if self.channels_last else features)
+        embeddings = self.head(features)
         return nn.functional.normalize(embeddings.float()) if self.normalize else embeddings
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from siamese._walk import NEIGHBOURS, Found, Ranks, step_of, walk
+from siamese.distances import pair_scores
 from siamese.intervals import mean_interval, pair_intervals
 from siamese.protocols import fewshot
 
@@ -43,6 +44,8 @@ FIGURES = (
     "best_f1",
     "accuracy",
 )
+# What every evaluation of listed pairs computes.
+PAIR_FIGURES = ("auc", "eer", "average_precision", "best_f1", "f1", "accuracy")
 _LOWER_IS_BETTER = ("eer", "omniglot_error", "loss", "queries_without_match", "median_rank")
 
 
@@ -59,8 +62,9 @@ class EvaluationResult:
     notes: why a figure is absent, one sentence each.
     far, tar, thresholds: [M] the ROC curve, from strict to lenient; `thresholds` are scores, accepted when reached.
     intervals: name -> [low, high], 95 %, of some of the figures.
-    labels: int64 [N]; ids: [N]; class_names: [C].
-    neighbours: int64 [N, 10], the nearest of the gallery, nearest first, -1 where there are fewer; neighbour_scores: float32 [N, 10].
+    labels: int64 [N] and ids: [N] of the queries; class_names: [C].
+    gallery_labels, gallery_ids: [G] of a gallery of its own; empty where the queries themselves are the gallery.
+    neighbours: int64 [N, 10], rows of the gallery, nearest first, -1 where there are fewer; neighbour_scores: float32 [N, 10].
     class_queries: int64 [C] queries that have a match; class_recall_at_1, class_map_at_r: float64 [C], NaN where there are none.
     confusions: int64 [<= 50, 3] (class, other class, queries of the first whose nearest neighbour is of the second), most first.
     sampled: int64 [<= 2000] rows whose embeddings are kept; embeddings: float16 [<= 2000, D].
@@ -83,8 +87,10 @@ class EvaluationResult:
     sampled: np.ndarray = field(repr=False)
     embeddings: np.ndarray = field(repr=False)
     intervals: dict[str, list[float]] = field(default_factory=dict)
+    gallery_labels: list[int] = field(default_factory=list, repr=False)
+    gallery_ids: list[str] = field(default_factory=list, repr=False)
 
-    _TEXTS = ("figures", "intervals", "notes", "ids", "class_names")
+    _TEXTS = ("figures", "intervals", "notes", "ids", "class_names", "gallery_labels", "gallery_ids")
     _CLASSES = ("class_queries", "class_recall_at_1", "class_map_at_r", "confusions")
     _ARRAYS = ("far", "tar", "thresholds", "labels", "neighbours", "neighbour_scores", *_CLASSES, "sampled", "embeddings")
 
@@ -123,6 +129,7 @@ def evaluate(
     gallery: tuple[Tensor, Tensor] | None = None,
     ids: list[str] | None = None,
     class_names: list[str] | None = None,
+    gallery_ids: list[str] | None = None,
     threshold: float | None = None,
     recall_at: tuple[int, ...] = RECALL_AT,
     ways: tuple[int, ...] = WAYS,
@@ -139,7 +146,7 @@ def evaluate(
         distance: a pytorch-metric-learning distance, the one the embeddings were trained with.
         gallery: (float [G, D], int64 [G]) what the queries are compared with; by default the other samples. Its samples of classes
             that no query has, or with the label -1, are distractors.
-        ids, class_names: names for the samples and classes; their numbers by default.
+        ids, class_names, gallery_ids: names for the queries, classes and samples of the gallery; their numbers by default.
         threshold: the score from which a pair counts as the same, fitted on other classes; None fits it here, at equal error.
         recall_at: each K of recall_at_K, and up to 10 of precision_at_K.
         ways, shots: of the few-shot questions, numbers of classes and of examples of each; not asked of a separate gallery.
@@ -159,9 +166,8 @@ def evaluate(
     labels = labels.to(embeddings.device)
     if gallery:
         gallery = tuple(side.to(embeddings.device) for side in gallery)
-        check_judgeable(gallery[0], None, whose="gallery ")
-        if not torch.isin(gallery[1], labels).any() or len(torch.cat([labels, gallery[1]]).unique()) < 2:
-            raise ValueError("judging needs a query with a sample of its class, and one of another, in the gallery")
+        check_judgeable(gallery[0], None, gallery_ids, whose="gallery ")
+        check_gallery(labels, gallery[1])
     check_judgeable(embeddings, None if gallery else labels, ids)
     counts = labels.unique(return_counts=True)[1]
 
@@ -201,6 +207,8 @@ def evaluate(
         neighbours=found.neighbours.cpu().numpy(),
         neighbour_scores=found.neighbour_scores.cpu().numpy(),
         **_by_class(found, labels, labels if gallery is None else gallery[1].cpu(), len(names)),
+        gallery_labels=gallery[1].tolist() if gallery else [],
+        gallery_ids=(gallery_ids or [str(i) for i in range(len(gallery[1]))]) if gallery else [],
         sampled=sampled.numpy(),
         embeddings=embeddings[sampled.to(embeddings.device)].half().cpu().numpy(),
     )
@@ -216,6 +224,12 @@ def check_judgeable(embeddings: Tensor, labels: Tensor | None, ids: list[str] | 
         counts = labels.unique(return_counts=True)[1]
         if len(labels) == 0 or counts.max() < 2 or len(counts) < 2:
             raise ValueError(f"{len(labels)} samples of {len(counts)} classes: judging needs two classes, one of them with two samples")
+
+
+def check_gallery(labels: Tensor, gallery_labels: Tensor) -> None:
+    """Raises ValueError if labels of queries and gallery leave nothing to compare."""
+    if not torch.isin(gallery_labels, labels).any() or len(torch.cat([labels, gallery_labels]).unique()) < 2:
+        raise ValueError("judging needs a query with a sample of its class, and one of another, in the gallery")
 
 
 def figures_of(found: Found, recall_at: tuple[int, ...] = RECALL_AT, threshold: float | None = None, together: bool = False) -> tuple:
@@ -371,3 +385,98 @@ def evaluate_pairs(
         name = f"accuracy_{len(right)}fold"
         figures |= {name: right.mean().item(), f"{name}_se": right.std().item() / len(right) ** 0.5}
     return figures, notes, curve
+
+
+@torch.no_grad()
+def evaluate_tuples(
+    embeddings: Tensor,
+    rows: Tensor,
+    same: Tensor | None,
+    distance: Module,
+    *,
+    kinds: list[str] | None = None,
+    folds: Tensor | None = None,
+    where: list[str] | None = None,
+    ids: list[str] | None = None,
+    threshold: float | None = None,
+    f1_threshold: float | None = None,
+    seed: int = 0,
+) -> EvaluationResult:
+    """Judge samples by the pairs or triplets that a list has of them. They have no classes, so the fields of classes are empty.
+
+    Args:
+        embeddings: float [N, D].
+        rows: int64 [P, 2] of pairs (left, right), or [T, 3] of triplets (anchor, positive, negative), which are judged as two pairs each.
+        same: bool [P]; None of triplets.
+        distance: a pytorch-metric-learning distance, the one the embeddings were trained with.
+        kinds: [P], "" for none in particular. Each is judged by itself too, under "kind/figure": a kind that has only pairs of one
+            sort, such as forgeries, with all the pairs of the other sort.
+        folds: int64 [P], see `evaluate_pairs`.
+        where, ids: names for the pairs and the samples; their numbers by default.
+        threshold: the score from which a pair counts as the same, fitted on other pairs; None fits it here, at equal error.
+        f1_threshold: likewise of `f1`; None fits it here, where f1 is highest, or, with a `threshold`, leaves f1 out.
+        seed: of the embeddings kept.
+
+    Figures: those of `evaluate_pairs`, f1 and f1_threshold, and of triplets triplet_accuracy: the share whose positive is nearer.
+
+    Raises:
+        ValueError: an embedding is not finite (names the rows), or there is no same, or no different, pair.
+    """
+    check_judgeable(embeddings, None, ids)
+    triplets = same is None
+    if triplets:
+        rows, same = rows[:, [0, 1, 0, 2]].view(-1, 2), torch.tensor([True, False]).repeat(len(rows))
+        where = where and [name for name in where for _ in range(2)]
+    rows, same = rows.to(embeddings.device), same.cpu()
+    scores = pair_scores(distance, embeddings[rows[:, 0]], embeddings[rows[:, 1]]).cpu()
+    figures, notes, curve = evaluate_pairs(scores, same, folds, threshold)
+    step = step_of(max(scores.max().item(), 0.0) - min(scores.min().item(), 0.0))
+    level = (scores / step).round()
+    if threshold is None or f1_threshold is not None:  # else one is of other pairs, and one fitted here would pass for it
+        figures["f1"], best = _f1(level * step, same, None if f1_threshold is None else f1_threshold - step / 2)
+        figures["f1_threshold"] = best if f1_threshold is None else f1_threshold
+    if triplets:
+        figures["triplet_accuracy"] = (level[::2] > level[1::2]).double().mean().item()
+    for kind in sorted({*(kinds or ())} - {""}):
+        chosen = torch.tensor([name == kind for name in kinds])
+        for sort in (same, ~same):
+            if not (chosen & sort).any():
+                chosen = chosen | sort
+        if not chosen.all():
+            found, _, _ = evaluate_pairs(scores[chosen], same[chosen], None, figures["threshold"])
+            if "f1_threshold" in figures:
+                found["f1"] = _f1(level[chosen] * step, same[chosen], figures["f1_threshold"] - step / 2)[0]
+            figures |= {f"{kind}/{name}": value for name, value in found.items() if name != "threshold"}
+    where = where or [f"pair {row}" for row in range(len(scores))]
+    extremes = {"same": scores.where(same, torch.inf).argmin(), "different": scores.where(~same, -torch.inf).argmax()}
+    for text, row in extremes.items():
+        notes.append(f"the {text} pair that looks least so: {where[row]}, score {scores[row]:.4f}")
+    sampled = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(seed))[:2000].sort().values
+    nothing = np.zeros(0, dtype=np.int64)
+    return EvaluationResult(
+        figures=figures,
+        notes=notes,
+        far=curve[0],
+        tar=curve[1],
+        thresholds=curve[2],
+        labels=np.full(len(embeddings), -1),
+        ids=ids or [str(row) for row in range(len(embeddings))],
+        class_names=[],
+        neighbours=np.zeros((len(embeddings), 0), dtype=np.int64),
+        neighbour_scores=np.zeros((len(embeddings), 0), dtype=np.float32),
+        class_queries=nothing,
+        class_recall_at_1=nothing.astype(float),
+        class_map_at_r=nothing.astype(float),
+        confusions=nothing.reshape(0, 3),
+        sampled=sampled.numpy(),
+        embeddings=embeddings[sampled.to(embeddings.device)].half().cpu().numpy(),
+    )
+
+
+def _f1(value: Tensor, same: Tensor, threshold: float | None) -> tuple[float, float]:
+    """F1 of accepting scores from this threshold up, None for the best one; and the threshold."""
+    levels, place = value.unique(return_inverse=True)
+    positives, all_pairs = (torch.bincount(place, kind, len(levels)).flip(0).cumsum(0).flip(0) for kind in (same.double(), None))
+    f1 = 2 * positives / (all_pairs + same.sum())
+    at = int(f1.argmax()) if threshold is None else int(torch.searchsorted(levels, threshold))
+    return (f1[at].item(), levels[at].item()) if at < len(levels) else (0.0, threshold)

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from siamese.bundle import Bundle
 from siamese.data.samples import Samples
-from siamese.evaluation import EvaluationResult, evaluate
+from siamese.evaluation import EvaluationResult, evaluate, evaluate_tuples
 from siamese.protocols import oneshot_error
 
 log = logging.getLogger(__name__)
@@ -26,22 +26,34 @@ def judge(model: Bundle, data, test: bool = True) -> dict[str, EvaluationResult]
     results = {"val": judge_samples(model, data.val, None)}
     model.threshold = results["val"].figures["threshold"]
     if test:
-        results["test"] = judge_samples(model, data.test, model.threshold)
+        results["test"] = judge_samples(model, data.test, model.threshold, results["val"].figures.get("f1_threshold"))
         runs = [_embed_run(model, *run) for run in data.source.oneshot_runs()]
         if runs:
             results["test"].figures["omniglot_error"] = oneshot_error(runs, model.distance)
     return results
 
 
-def raw(model: Bundle, input_shape: tuple[int, ...]) -> Bundle:
-    """The inputs themselves as embeddings, under the model's distance; cosine where that is trained, as nothing has trained it here."""
+def check_fits(model: Bundle, samples: Samples) -> None:
+    """Raises ValueError if the model's encoder is made for texts and the samples are none, or the other way around."""
+    takes_texts = getattr(model.encoder, "takes_texts", False)
+    if takes_texts != (samples.kind == "texts"):
+        remedy = "it takes texts: use dataset=texts" if takes_texts else "it takes no texts: use encoder=transformer"
+        raise ValueError(f"the encoder does not go with {samples}: {remedy}")
+
+
+def raw(model: Bundle, samples: Samples) -> Bundle:
+    """Such inputs themselves as embeddings, under the model's distance; cosine where that is trained, as nothing has trained it here.
+
+    Of texts: counts of their character n-grams.
+    """
     trained = any(True for _ in model.distance.parameters())
     distance = {"_target_": "pytorch_metric_learning.distances.CosineSimilarity"} if trained else model.parts["distance"]
+    flat = {"_target_": "siamese.encoders.Flatten", "input_shape": list(samples.inputs.shape[1:])}
     parts = {
-        "encoder": {"_target_": "siamese.encoders.Flatten", "input_shape": input_shape},
+        "encoder": {"_target_": "siamese.text_encoders.NGrams"} if samples.kind == "texts" else flat,
         "distance": distance,
         # A table's columns are of all sizes; pixels are left as they are.
-        "preprocessing": {"_target_": "siamese.bundle.Standardize"} if len(input_shape) == 3 else model.parts["preprocessing"],
+        "preprocessing": {"_target_": "siamese.bundle.Standardize"} if samples.kind == "images" else model.parts["preprocessing"],
     }
     return Bundle(parts, trust=tuple(part["_target_"].partition(".")[0] for part in parts.values()))  # trusted already: the model holds it
 
@@ -51,14 +63,24 @@ def last_as(row: str, results: dict[str, EvaluationResult]) -> dict[str, Evaluat
     return {row: list(results.values())[-1]}
 
 
-def judge_samples(model: Bundle, samples: Samples, threshold: float | None) -> EvaluationResult:
-    """One split, by a threshold that was fitted on other classes; None fits it here."""
+def judge_samples(model: Bundle, samples: Samples, threshold: float | None, f1_threshold: float | None = None) -> EvaluationResult:
+    """One split, by thresholds that were fitted on other samples; None fits them here.
+
+    Judged are the pairs or triplets that it lists, if it does, or its queries against its gallery, where it has these.
+    """
     embeddings = model.embed(samples.inputs)
-    names = {"ids": samples.ids, "class_names": samples.class_names}
+    if samples.tuples is not None:
+        listed, thresholds = samples.tuples._asdict(), {"threshold": threshold, "f1_threshold": f1_threshold}
+        return evaluate_tuples(embeddings, distance=model.distance, ids=samples.ids, **listed, **thresholds)
+    labels, gallery, names = samples.labels, None, {"ids": samples.ids, "class_names": samples.class_names}
+    if samples.gallery is not None:
+        queries, held = samples.roles()
+        gallery, names["gallery_ids"] = (embeddings[held], labels[held]), [samples.ids[row] for row in held.tolist()]
+        embeddings, labels, names["ids"] = embeddings[queries], labels[queries], [samples.ids[row] for row in queries.tolist()]
     with Progress(transient=True, disable=len(samples) < 10_000 or not Console().is_terminal) as bar:
         task = bar.add_task("judging", total=1.0)
         tell = lambda share: bar.update(task, completed=share)  # noqa: E731
-        return evaluate(embeddings, samples.labels, model.distance, threshold=threshold, progress=tell, **names)
+        return evaluate(embeddings, labels, model.distance, gallery=gallery, threshold=threshold, progress=tell, **names)
 
 
 def _embed_run(model: Bundle, queries: Samples, supports: Samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from siamese._walk import Ranks, walk
-from siamese.evaluation import RECALL_AT, check_judgeable, evaluate_pairs, figures_of
+from siamese.evaluation import RECALL_AT, check_gallery, check_judgeable, evaluate_pairs, figures_of
 
 
 class _Kept(Metric):
@@ -56,10 +56,11 @@ class _Kept(Metric):
 
 
 class EmbeddingMetrics(_Kept):
-    """All figures of retrieval and of verification, every sample a query against all the others.
+    """All figures of retrieval and of verification, every sample a query against all the others, or queries against a gallery.
 
-    `update(embeddings, labels, indices=None)`: float [B, D], int64 [B], and the samples' numbers in the data set, int64 [B]. A
-    `DistributedSampler` repeats samples to make the ranks' shares even: of a number that comes again, on any rank, the first counts.
+    `update(embeddings, labels, indices=None, gallery=None)`: float [B, D], int64 [B]; the samples' numbers in the data set, int64
+    [B]: a `DistributedSampler` repeats samples to make the ranks' shares even, and of a number that comes again, on any rank, the
+    first counts; and bool [B], which are the gallery: given with all samples, the others are compared with these alone.
     `compute()`: name -> value, float64; see `siamese.evaluation.evaluate`. `clone()` shares the distance, as it may be in training;
     `copy.deepcopy` and pickle copy it.
 
@@ -72,36 +73,45 @@ class EmbeddingMetrics(_Kept):
 
     Raises:
         ValueError: from `update`, shapes do not fit. From `compute`, on every rank, an embedding is not finite (names its number, or
-            where it came), or there is nothing to compare.
+            where it came), there is nothing to compare, or `gallery` was given with some samples and not with others.
     """
 
     def __init__(self, distance: Module, recall_at: tuple[int, ...] = RECALL_AT, prefix: str = ""):
-        super().__init__(prefix, "embeddings", "labels", "indices")
+        super().__init__(prefix, "embeddings", "labels", "indices", "roles")
         self._distance = (distance,)  # in a tuple it is no submodule: the model that it belongs to saves and moves it
         self.recall_at = recall_at
 
-    def update(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
-        indices = torch.full_like(labels, -1) if indices is None else indices
-        if embeddings.ndim != 2 or labels.shape != embeddings.shape[:1] or indices.shape != labels.shape:
-            shapes = ", ".join(str(list(tensor.shape)) for tensor in (embeddings, labels, indices))
-            raise ValueError(f"embeddings, labels and indices are [B, D], [B] and [B], not {shapes}")
+    def update(self, embeddings: Tensor, labels: Tensor, indices: Tensor | None = None, gallery: Tensor | None = None) -> None:
+        none = torch.full_like(labels, -1)
+        given = {"labels": labels, "indices": none if indices is None else indices, "roles": none if gallery is None else gallery.long()}
+        if embeddings.ndim != 2 or any(tensor.shape != embeddings.shape[:1] for tensor in given.values()):
+            shapes = ", ".join(str(list(tensor.shape)) for tensor in (embeddings, *given.values()))
+            raise ValueError(f"embeddings are [B, D], labels, indices and gallery [B], not {shapes}")
         self.embeddings.append(embeddings.detach())
-        self.labels.append(labels.detach().to(embeddings.device))
-        self.indices.append(indices.detach().to(embeddings.device))
+        for name, tensor in given.items():
+            getattr(self, name).append(tensor.detach().to(embeddings.device))
 
     @torch.no_grad()
     def compute(self) -> dict[str, Tensor]:
         ranks = Ranks(dist.is_available() and dist.is_initialized())
-        embeddings, labels, indices = self._whole(ranks)
+        embeddings, labels, indices, roles = self._whole(ranks)
         numbers = ranks.gather(indices)
         firsts = _first_of_each(torch.cat(numbers)).split([len(part) for part in numbers])
         if not firsts[ranks.rank].all():
-            embeddings, labels = embeddings[firsts[ranks.rank]], labels[firsts[ranks.rank]]
+            embeddings, labels, roles = (state[firsts[ranks.rank]] for state in (embeddings, labels, roles))
         # All ranks learn of what is wrong on one of them: else they would wait for it.
         flaws = torch.cat(ranks.gather(torch.where(embeddings.isfinite().all(1), 0.0, torch.nan)))
         names = _names(numbers, firsts) if flaws.isnan().any() else None
-        check_judgeable(flaws[:, None], torch.cat(ranks.gather(labels)), names)
-        found = walk(embeddings, labels, self._distance_on(embeddings.device), together=ranks.size > 1)
+        all_labels, all_roles = (torch.cat(ranks.gather(state)) for state in (labels, roles))
+        gallery = None
+        check_judgeable(flaws[:, None], None if (all_roles >= 0).any() else all_labels, names)
+        if (all_roles >= 0).any():
+            if (all_roles < 0).any():
+                raise ValueError("gallery was given with some samples and not with others: it must come with all of them, or with none")
+            check_gallery(all_labels[all_roles == 0], all_labels[all_roles == 1])
+            gallery = embeddings[roles == 1], labels[roles == 1]
+            embeddings, labels = embeddings[roles == 0], labels[roles == 0]
+        found = walk(embeddings, labels, self._distance_on(embeddings.device), gallery, together=ranks.size > 1)
         return self._named(figures_of(found, self.recall_at, together=ranks.size > 1)[0], embeddings.device)
 
     def sync(self, *args, **kwargs) -> None:
@@ -127,7 +137,7 @@ class EmbeddingMetrics(_Kept):
         device = _precise(device)
         empty = torch.empty(0, size, device=device, dtype=torch.float64 if double else torch.float32)
         nothing = torch.empty(0, device=device, dtype=torch.int64)
-        states = ((empty, self.embeddings), (nothing, self.labels), (nothing, self.indices))
+        states = ((empty, self.embeddings), (nothing, self.labels), (nothing, self.indices), (nothing, self.roles))
         return [torch.cat([kind, *(part.to(kind) for part in parts)]) for kind, parts in states]
 
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from siamese.bundle import Bundle
 from siamese.data.samples import Batch
 from siamese.encoders import part_of
+from siamese.evaluation import evaluate_tuples
+from siamese.frozen import frozen_tensors
 from siamese.losses import CrossBatchMemory
 from siamese.metrics import EmbeddingMetrics
 from siamese.miners import ScheduledMiner
@@ -60,23 +62,27 @@ class SiameseModule(L.LightningModule):
         self.make_optimizer, self.make_scheduler, self.rates, self.lr_factors = optimizer, scheduler, rates or {}, lr_factors or {}
         self.seed, self.config = seed, config or {}
         self.metrics = EmbeddingMetrics(model.distance, prefix="val/")
+        self._validated: list[Tensor] = []
 
     def grouped_optimizer(self) -> torch.optim.Optimizer:
-        """All weights, each once, in groups by their learning rate.
+        """All weights but those that are `Frozen`, each once, in groups by their learning rate.
 
         Raises:
-            ValueError: `lr_factors` names a part that the encoder lacks, or what is no factor.
+            ValueError: `lr_factors` names a part that the encoder lacks or never trains, or what is no factor.
         """
         if not isinstance(self.lr_factors, dict):
             raise ValueError(f"lr_factors={self.lr_factors} must name parts of the encoder, as in 'optimizer.lr_factors={{backbone:0.1}}'")
-        factors = {}
+        factors, frozen = {}, frozen_tensors(self)
         for part, factor in self.lr_factors.items():
             if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 0:
                 raise ValueError(f"lr_factors.{part}={factor} must be a number that multiplies the learning rate, such as 0.1")
-            part_of(self.model.encoder, part)
+            if {*part_of(self.model.encoder, part).parameters()} <= frozen:
+                raise ValueError(f"lr_factors.{part}={factor}: encoder.frozen=true never trains this part, so leave its factor away")
             factors[f"model.encoder.{part}"] = factor
         groups: dict[tuple[str | None, str | None], list[nn.Parameter]] = {}
         for name, weight in self.named_parameters():
+            if weight in frozen:
+                continue
             inside = [
                 max((part for part in parts if name.startswith(f"{part}.")), key=len, default=None) for parts in (self.rates, factors)
             ]
@@ -171,17 +177,27 @@ class SiameseModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()  # what an interrupted validation has left
+        self._validated.clear()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         embeddings = self.model(batch.inputs)
+        if dataloader_idx == 0 and (batch.labels < 0).any():  # listed pairs or triplets, judged when all are embedded
+            self._validated.append(embeddings)
+            return
         if dataloader_idx == 0:
-            self.metrics.update(embeddings, batch.labels)
+            self.metrics.update(embeddings, batch.labels, gallery=getattr(batch, "gallery", None))
             return
         with torch.autocast(self.device.type, enabled=False):
             loss = self.loss(embeddings, batch.labels, batch.tuples)
         self.log("val/loss", loss, batch_size=len(batch.inputs), add_dataloader_idx=False, sync_dist=True)
 
     def on_validation_epoch_end(self) -> None:
+        if self._validated:
+            listed = self.trainer.datamodule.watched.tuples._asdict()
+            result = evaluate_tuples(torch.cat(self._validated), distance=self.model.distance, **listed)
+            self._validated.clear()
+            self.log_dict({f"val/{name}": float(value) for name, value in result.figures.items()})
+            return
         figures = self.metrics.compute()
         self.metrics.reset()
         self.log_dict({name: value.float() for name, value in figures.items()})

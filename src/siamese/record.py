@@ -27,7 +27,7 @@ PACKAGES = (
     "matplotlib",
     "wandb",
 )
-_COLUMNS = ("recall_at_1", "map_at_r", "auc", "eer", "accuracy", "oneshot_20way", "omniglot_error")
+_COLUMNS = ("recall_at_1", "map_at_r", "auc", "eer", "accuracy", "oneshot_20way", "omniglot_error", "f1", "triplet_accuracy")
 _ROWS = {"raw": "raw input", "untrained": "untrained", "val": "validation", "test": "test"}
 
 
@@ -90,7 +90,9 @@ def table(results: dict[str, EvaluationResult]):
 
 
 def hardest(result: EvaluationResult, most: int = 3) -> list[str]:
-    """Two sentences: the classes that are recognised worst, and those most often taken for another."""
+    """Two sentences: the classes that are recognised worst, and those most often taken for another; none of listed pairs."""
+    if not len(result.class_queries):
+        return []
     names, worst = result.class_names, np.argsort(result.class_map_at_r, kind="stable")[:most]  # NaN come last
     classes = [f"{names[c]} ({result.class_map_at_r[c]:.2f})" for c in worst if result.class_queries[c]]
     pairs = [f"{names[a]} for {names[b]} ({count} of {result.class_queries[a]})" for a, b, count in result.confusions[:most]]

@@ -13,6 +13,7 @@ from siamese.data.checking import check, guard
 from siamese.data.glyphs import Glyphs
 from siamese.data.module import SiameseData
 from siamese.data.samples import Finding, Samples, Source
+from siamese.data.texts import as_bytes
 
 
 def samples(inputs: torch.Tensor, classes: str, prefix: str = "") -> Samples:
@@ -133,6 +134,20 @@ def test_without_leakage_nothing_is_said(tmp_path, caplog):
     assert guard(samples(random(20), "ab" * 10), {"val": samples(random(9, 1), "c" * 9)}, tmp_path, "error").tolist() == []
     assert caplog.messages == []
     assert not list(tmp_path.iterdir())
+
+
+def test_leakage_of_texts_is_listed_with_both_texts(tmp_path):
+    def texts(*those: str) -> Samples:
+        return Samples(as_bytes(those), torch.arange(len(those)), list(those), [f"row {row}" for row in range(len(those))])
+
+    training = texts("how much is left on my account", "set a timer", "play some music by the sea please")
+    judged = texts("How much is left on my account?!", "turn the lights off in every room", "set a timer")
+    assert guard(training, {"test": judged}, tmp_path, "drop").tolist() == [0, 1]
+    assert [(row["training_sample"], row["sample"], row["training_text"], row["text"]) for row in table(tmp_path / "leakage.csv")] == [
+        ("row 1", "row 2", "set a timer", "set a timer"),
+        ("row 0", "row 0", "how much is left on my account", "How much is left on my account?!"),
+    ]
+    assert not (tmp_path / "leakage.png").exists()
 
 
 class Letters(Source):

@@ -1,5 +1,6 @@
 """Images of one's own: a folder or a table, decoded once, with what cannot be read named and left out."""
 
+import csv
 import json
 import os
 import re
@@ -11,6 +12,8 @@ from PIL import Image
 
 from siamese.data import images
 from siamese.data.images import Images, decode
+from siamese.data.samples import Samples
+from siamese.evaluation import EvaluationResult
 
 
 def picture(seed: int, width: int = 40, height: int = 40, mode: str = "RGB") -> Image.Image:
@@ -134,12 +137,88 @@ def test_a_table_tells_of_missing_and_repeated_files(folder, tmp_path):
     [
         (["path,label,split", "a.png,x,holdout"], "row 2: split is 'holdout'"),
         (["path,name", "a.png,x"], "no column 'label'"),
+        (["path,label,role", "a.png,x,query", "b.png,x,probe"], r"t\.csv, row 3: role is 'probe', it must be query or gallery"),
     ],
 )
 def test_a_broken_table_stops_it(tmp_path, lines, message):
     (tmp_path / "t.csv").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         Images(tmp_path / "t.csv").split("train")
+
+
+@pytest.fixture
+def roles(folder, tmp_path):
+    """roles(test=["query", "", ...]) -> a table of the folder with roles: six of its classes are in train, two in val, two in test."""
+
+    def written(**words: list[str]) -> Images:
+        lines, given = ["path,label,split,role"], {split: iter(some) for split, some in words.items()}
+        for path in sorted(folder.rglob("*.*")):
+            split = [*["train"] * 6, "val", "val", "test", "test"][int(path.parent.name[5:])]
+            lines.append(f"{path},{path.parent.name},{split},{next(given.get(split, iter(())), '')}")
+        (tmp_path / "roles.csv").write_text("\n".join(lines))
+        return Images(tmp_path / "roles.csv", size=8)
+
+    return written
+
+
+def test_roles_part_queries_from_the_gallery_where_samples_are_judged(roles):
+    words = ["Query", "gallery", "gallery", "gallery", "query", "GALLERY"]
+    source = roles(test=words)
+    test, plain = source.split("test"), roles().split("test")
+    assert test.gallery.tolist() == [word.lower() == "gallery" for word in words]
+    assert [rows.tolist() for rows in test.roles()] == [[0, 4], [1, 2, 3, 5]]
+    assert (source.split("val").gallery, plain.gallery) == (None, None)
+    assert [rows.tolist() for rows in plain.roles()] == [list(range(6))] * 2
+    assert source.findings() == []
+    assert torch.equal(test.inputs, plain.inputs)
+    assert test[[1, 0]].gallery.tolist() == [True, False]
+    assert len(plain[[1, 0]]) == 3
+    some = test.subset(torch.tensor([4, 5]))
+    assert some.gallery.tolist() == [False, True]
+    others = roles(test=words[::-1]).split("test")
+    assert len({plain.fingerprint(), test.fingerprint(), others.fingerprint()}) == 3
+    with pytest.raises(ValueError, match=r"gallery is torch.int64 \[2\]: it must be torch.bool \[6\]"):
+        Samples(plain.inputs, plain.labels, plain.class_names, plain.ids, torch.tensor([0, 1]))
+
+
+def test_a_run_judges_by_roles_after_each_epoch_and_at_the_end(fit, roles, tmp_path):
+    table = roles(val=["query", "query", "gallery"] * 2, test=["gallery"] * 5 + ["query"]).path
+    run = tmp_path / "run"
+    figures = fit(run, "dataset=images", f"dataset.path={table}", "dataset.size=16", "sampling.classes=4", "leakage=off")
+    results = EvaluationResult.load(run / "results.npz")
+    assert {name: (len(results[name].ids), len(results[name].gallery_ids)) for name in ("val", "test")} == {"val": (4, 2), "test": (1, 5)}
+    assert results["val"].gallery_ids == [str(table.parent / "mine" / f"class{label}" / "2.webp") for label in (6, 7)]
+    with open(run / "metrics.csv") as lines:
+        watched = [row for row in csv.DictReader(lines) if row["val/map_at_r"]]
+    assert len(watched) == 2
+    best = max(watched, key=lambda row: float(row["val/map_at_r"]))
+    for name in ("map_at_r", "recall_at_1", "auc", "eer"):
+        assert float(best[f"val/{name}"]) == pytest.approx(figures[f"val/{name}"], abs=1e-6)
+        assert f"raw/{name}" in figures
+    assert set(results["val"].neighbours[:, 2:].ravel()) == {-1}, "there are no more than the gallery's two"
+
+
+def test_in_training_roles_mean_nothing(roles):
+    source = roles(train=["query", "gallery", "", "query"])
+    assert source.split("train").gallery is None
+    assert source.split("train").fingerprint() == roles().split("train").fingerprint()
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["query", "gallery", "", "query"], r"roles\.csv, row {2}: .* has no role, but other samples of {split} have one"),
+        (["", "gallery"], r"roles\.csv, row {0}: .* has no role"),
+        (["query"] * 6, r"roles\.csv, row {0}: .* is a query, as all samples of {split} are: some must have the role gallery"),
+        (["gallery"] * 6, r"roles\.csv, row {0}: .* is a gallery, as all samples of {split} are: some must have the role query"),
+    ],
+)
+def test_roles_that_cannot_be_are_refused_with_their_row(roles, split, words, message):
+    first = 20 if split == "val" else 26
+    for asked in ("train", split):
+        with pytest.raises(ValueError, match=message.format(*range(first, first + 6), split=split)):
+            roles(**{split: words}).split(asked)
 
 
 def test_a_folder_without_classes_says_what_it_must_look_like(tmp_path):

@@ -11,6 +11,7 @@ import torch
 
 from siamese.data.leakage import duplicates, equal
 from siamese.data.samples import Finding, Samples
+from siamese.data.texts import as_texts
 
 MODES, LEAKAGE_MODES = ("error", "warn", "off"), ("error", "warn", "drop", "off")
 _PICTURED = 12
@@ -96,8 +97,11 @@ def guard(training: Samples, splits: dict[str, Samples], directory: Path, mode: 
         for left, right, alike in zip(*(column.tolist() for column in pairs), strict=True):
             classes = [part.class_names[part.labels[row]] if part.labelled else "" for part, row in ((training, left), (samples, right))]
             lines.append((name, training.ids[left], samples.ids[right], classes[0], classes[1], f"{alike:.4f}"))
+            if training.kind == "texts":
+                lines[-1] += (*as_texts(training.inputs[left : left + 1]), *as_texts(samples.inputs[right : right + 1]))
             pictures.append((training.inputs[left], samples.inputs[right], alike, name))
     header = ("split", "training_sample", "sample", "training_class", "class", "alike")
+    header += ("training_text", "text") if training.kind == "texts" else ()
     _write_csv(directory / "leakage.csv", header, lines)
     if training.inputs.dim() == 4:
         _draw(directory / "leakage.png", pictures)

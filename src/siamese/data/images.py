@@ -13,7 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
 
-from siamese.data.listing import SPLITS, Listed, rows, share_out, split_name
+from siamese.data.listing import SPLITS, Listed, check_roles, role_name, rows, share_out, split_name
 from siamese.data.samples import Finding, Samples, Source
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -26,7 +26,8 @@ class Images(Source):
 
     A folder: an image's class is the folder that it lies in, `cats/1.jpg`. Are the first folders called train, val and test, they
     are the splits: `train/cats/1.jpg`. A table (.csv, .tsv, .jsonl, .parquet): columns `path` (beside the table, or absolute) and
-    `label`, and, if wanted, `split` (train, val, test) and `group`: what must stay on one side of the split, a writer or a session.
+    `label`, and, if wanted, `split` (train, val, test), `group`: what must stay on one side of the split, a writer or a session, and
+    `role`: are samples of val or test called query and gallery, queries are compared with the gallery alone.
 
     An id is the path as it is listed. What cannot be read is left out and is among `findings`.
 
@@ -63,22 +64,29 @@ class Images(Source):
         self._splits: dict[str, Samples] = {}
         self._findings: dict[str, list[Finding]] = {}
 
+    def listed(self) -> list[Listed]:
+        """All images, by their path in the folder `path`, or beside the table; those that name no split too."""
+        listed, self._findings[""] = _from_folder(self.path) if self.path.is_dir() else _from_table(self.path)
+        return listed
+
     def split(self, name: str) -> Samples:
         """Decoded at the first call, the same object afterwards."""
         if name not in SPLITS:
             raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
         if name not in self._splits:
             if self._listed is None:
-                listed, self._findings[""] = _from_folder(self.path) if self.path.is_dir() else _from_table(self.path)
-                self._listed = share_out(listed, **self._shares)
+                listed = share_out(self.listed(), **self._shares)
+                check_roles(listed)
+                self._listed = listed
             mine = [sample for sample in self._listed if sample.split == name]
-            self._splits[name], self._findings[name] = self._read(mine, name)
+            self._splits[name], self._findings[name] = self.read(mine, name)
         return self._splits[name]
 
     def findings(self) -> list[Finding]:
         return [finding for found in self._findings.values() for finding in found]
 
-    def _read(self, listed: list[Listed], name: str) -> tuple[Samples, list[Finding]]:
+    def read(self, listed: list[Listed], name: str) -> tuple[Samples, list[Finding]]:
+        """These images as samples, but for those that cannot be read, and what is to be told of them; `name` is that of the split."""
         folder = Path(os.environ.get("SIAMESE_DATA_DIR", "data"), "cache") if self.cache else None
         pixels, failed, small = _decoded([self._file(sample) for sample in listed], self.size, self.channels, self.fit, folder, name)
         kept = [sample for place, sample in enumerate(listed) if str(place) not in failed]
@@ -91,7 +99,9 @@ class Images(Source):
             where = [f"{listed[place].where} ({width} x {height})" for place, width, height in small]
             what = f"images of {name} that are enlarged more than four times, to {self.size} x {self.size}"
             findings.append(Finding(False, what, where, "leave them out, or lower dataset.size"))
-        return Samples(pixels, torch.from_numpy(labels), names.tolist(), [sample.what for sample in kept]), findings
+        roles = [sample.role for sample in kept] if name != "train" else []
+        gallery = torch.tensor([role == "gallery" for role in roles]) if any(roles) else None
+        return Samples(pixels, torch.from_numpy(labels), names.tolist(), [sample.what for sample in kept], gallery), findings
 
     def _file(self, sample: Listed) -> Path:
         return (self.path if self.path.is_dir() else self.path.parent) / sample.what
@@ -130,7 +140,7 @@ def _from_folder(folder: Path) -> tuple[list[Listed], list[Finding]]:
 
 
 def _from_table(table: Path) -> tuple[list[Listed], list[Finding]]:
-    found, unused = rows(table, ("path", "label"), ("split", "group"))
+    found, unused = rows(table, ("path", "label"), ("split", "group", "role"))
     listed, first, twice = [], {}, []
     for row, entries in found:
         where = f"{table.name}, row {row}: {entries['path']}"
@@ -138,10 +148,11 @@ def _from_table(table: Path) -> tuple[list[Listed], list[Finding]]:
             twice.append(f"{where}, as in row {first[entries['path']]}")
         first.setdefault(entries["path"], row)
         split = split_name(entries["split"], f"{table}, row {row}")
-        listed.append(Listed(entries["path"], entries["label"], where, split, entries["group"]))
+        role = role_name(entries["role"], f"{table}, row {row}")
+        listed.append(Listed(entries["path"], entries["label"], where, split, entries["group"], role))
     findings = [
         Finding(True, "files that are listed more than once", twice, "list each once"),
-        Finding(False, "columns that are not used", unused, "used are path, label, split and group"),
+        Finding(False, "columns that are not used", unused, "used are path, label, split, group and role"),
     ]
     return listed, [finding for finding in findings if finding.where]
 

@@ -3,7 +3,8 @@
 Exact duplicates are found by a hash of the input. Near-duplicates of images (re-encoded, resized, brightened, shifted by a pixel) in
 two steps: candidates by locality-sensitive hashing of a small, blurred copy (Charikar 2002, "Similarity estimation techniques from
 rounding algorithms"), in time that grows little faster than the number of images; then their pixels decide, at the best shift
-by up to a pixel, brightness and contrast made equal: they must correlate, and no small window may differ by much.
+by up to a pixel, brightness and contrast made equal: they must correlate, and no small window may differ by much. Near-duplicates of
+texts: see `siamese.data.text_leakage`.
 """
 
 import hashlib
@@ -12,7 +13,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, affine_grid, avg_pool2d, grid_sample, interpolate, normalize
+from torch.nn.functional import adaptive_avg_pool2d, affine_grid, avg_pool2d, grid_sample, interpolate, normalize, pad
+
+from siamese.data.text_leakage import near_texts
 
 _SMALL, _SIDES = 16, (64, 32)  # sides of the copies that are hashed, and at most of those that are compared
 _BANDS, _BITS = 32, 16  # of the hash: two images are candidates when all bits of one band are equal
@@ -22,7 +25,10 @@ _CHUNK = 2048
 
 
 class Duplicates(NamedTuple):
-    """Pairs of samples: left, right int64 [P], rows; alike float32 [P], 1 for equal inputs, else the correlation of the pixels."""
+    """Pairs of samples: left, right int64 [P], rows; alike float32 [P], 1 for equal inputs, else less.
+
+    It is the correlation of the pixels of images, the Jaccard similarity of the shingles of texts.
+    """
 
     left: Tensor
     right: Tensor
@@ -30,15 +36,23 @@ class Duplicates(NamedTuple):
 
 
 def duplicates(left: Tensor, right: Tensor | None = None) -> Duplicates:
-    """Find images of `right` that are, or nearly are, one of `left`; without `right`, within `left` (each pair once, left < right).
+    """Find samples of `right` that are, or nearly are, one of `left`; without `right`, within `left` (each pair once, left < right).
 
     Args:
-        left, right: [N, C, H, W], uint8 or float, of one shape; other inputs are compared for equality alone.
+        left, right: images [N, C, H, W], uint8 or float, of one shape; or texts, uint8 [N, L], UTF-8 padded with zeros to any L; other
+            inputs are compared for equality alone.
     """
     within = right is None
     right = left if within else right
+    if texts := left.dim() == right.dim() == 2 and left.dtype == right.dtype == torch.uint8:
+        length = max(left.shape[1], right.shape[1])  # each split is as long as its longest text
+        left, right = (pad(side, (0, length - side.shape[1])) for side in (left, right))
     exact = equal(left, None if within else right)
-    near = _near(left, right, within) if left.dim() == 4 and min(left.shape[2:]) > 2 and len(left) and len(right) else np.empty((0, 3))
+    near = np.empty((0, 3))
+    if texts:
+        near = near_texts(left, None if within else right)
+    elif left.dim() == 4 and min(left.shape[2:]) > 2 and len(left) and len(right):
+        near = _near(left, right, within)
     known = set(map(tuple, exact.tolist()))
     found = [(*pair, 1.0) for pair in known] + [row for row in near.tolist() if (row[0], row[1]) not in known]
     found.sort(key=lambda row: (-row[2], row[1], row[0]))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 SPLITS = ("train", "val", "test")
+ROLES = ("query", "gallery")
 _ALSO_CALLED = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 
 
@@ -18,6 +19,7 @@ class Listed:
 
     what: the sample, or where it is; label: its class; where: the file and row that say so, for errors and reports.
     split: one of SPLITS, "" where none is given; group: what must stay on one side of the split, "" for none.
+    role: one of ROLES, "" for both.
     """
 
     what: str
@@ -25,6 +27,7 @@ class Listed:
     where: str
     split: str = ""
     group: str = ""
+    role: str = ""
 
 
 def rows(path: str | Path, needed: tuple[str, ...], also: tuple[str, ...] = ()) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:
@@ -110,6 +113,32 @@ def split_name(text: str, where: str) -> str:
     if name and name not in SPLITS:
         raise ValueError(f"{where}: split is {text!r}, it must be train, val or test")
     return name
+
+
+def role_name(text: str, where: str) -> str:
+    """One of ROLES; "" for nothing.
+
+    Raises:
+        ValueError: another word.
+    """
+    if text and text.lower() not in ROLES:
+        raise ValueError(f"{where}: role is {text!r}, it must be query or gallery")
+    return text.lower()
+
+
+def check_roles(listed: list[Listed]) -> None:
+    """Raises ValueError if in a split that is judged only some samples have a role, or all have the same."""
+    for name in SPLITS[1:]:
+        first: dict[str, Listed] = {}
+        for sample in listed:
+            if sample.split == name:
+                first.setdefault(sample.role, sample)
+        if "" in first and len(first) > 1:
+            raise ValueError(f"{first[''].where} has no role, but other samples of {name} have one: give it to all of them, or to none")
+        for role, sample in first.items():
+            if role and len(first) == 1:
+                other = ROLES[role == "query"]
+                raise ValueError(f"{sample.where} is a {role}, as all samples of {name} are: some must have the role {other}")
 
 
 def share_out(listed: list[Listed], val: float | list[str], test: float | list[str], seed: int = 0) -> list[Listed]:

@@ -16,7 +16,7 @@ _BATCH = 512
 class SiameseData(L.LightningDataModule):
     """Splits are read when first asked for: a run with `test=false` never touches the test split.
 
-    Only the training split may be without labels, if the loader has pairs or triplets that were listed.
+    A split may be without labels if it lists pairs or triplets; training's also if the loader has a list of them.
 
     Args:
         source: where the splits come from.
@@ -49,11 +49,16 @@ class SiameseData(L.LightningDataModule):
         """What is judged after each epoch: `val`, or its samples of some classes that are the same in every run."""
         if self.val_classes is None:
             return self.val
+        if not self.val.labelled:
+            raise ValueError(f"val_classes={self.val_classes}, but the val split lists pairs and has no classes: say val_classes=null")
         labels, counts = self.val.labels.unique(return_counts=True)
         if isinstance(self.val_classes, bool) or not isinstance(self.val_classes, int) or not 2 <= self.val_classes <= len(labels):
             raise ValueError(f"val_classes={self.val_classes} must be a whole number from 2 to {len(labels)}, or null for all")
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-        chosen = labels[order[(counts[order] < 2).int().argsort(stable=True)][: self.val_classes]]  # classes of one sample come last
+        alone = counts < 2
+        for side in self.val.roles():
+            alone |= ~torch.isin(labels, self.val.labels[side])
+        chosen = labels[order[alone[order].int().argsort(stable=True)][: self.val_classes]]  # classes without a pair come last
         rows = torch.isin(self.val.labels, chosen).nonzero().flatten()
         return self.val.subset(rows)
 
@@ -73,13 +78,19 @@ class SiameseData(L.LightningDataModule):
 
     def _judged(self, name: str) -> Samples:
         samples = self.source.split(name)
-        if not samples.labelled:
+        if not samples.labelled and samples.tuples is None:
             raise ValueError(f"the {name} split has no labels, by which it is judged: only the training split may be without")
         return samples
 
     @property
     def input_shape(self) -> tuple[int, ...]:
         return tuple(self.train.inputs.shape[1:])
+
+    def preprocessing(self) -> dict:
+        """What a `Bundle` does to inputs before it encodes them, as one of its parts."""
+        if self.train.kind == "texts":
+            return {"_target_": "siamese.bundle.Unchanged"}
+        return {"_target_": "siamese.bundle.Standardize", **self.standardization()}
 
     def standardization(self) -> dict[str, list[float]]:
         """Mean and standard deviation per channel of the training inputs, in the units the encoder sees (0..1 for images)."""

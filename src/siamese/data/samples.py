@@ -23,6 +23,49 @@ class Batch(NamedTuple):
     tuples: tuple[Tensor, ...] | None = None
 
 
+class JudgedBatch(NamedTuple):
+    """A `Batch` of samples that have roles; gallery: bool [B], which are the gallery that the others are compared with."""
+
+    inputs: Tensor
+    labels: Tensor
+    tuples: tuple[Tensor, ...] | None
+    gallery: Tensor
+
+
+class Tuples(NamedTuple):
+    """Pairs or triplets that a data set lists, as rows of its samples.
+
+    rows: int64 [M, 2] (left, right), or [M, 3] (anchor, positive, negative).
+    same: bool [M], which pairs are the same; None of triplets.
+    where: [M] the file and row that list each, for errors and reports.
+    kinds: [M] what sort of pair each is, "" for none in particular; figures are given of each kind too.
+    folds: int64 [M], of a protocol that has them.
+    """
+
+    rows: Tensor
+    same: Tensor | None
+    where: list[str]
+    kinds: list[str] | None = None
+    folds: Tensor | None = None
+
+    def pairs(self) -> "Tuples":
+        """Itself, or the two pairs of each triplet: anchor and positive, which are the same, then anchor and negative."""
+        if self.same is not None:
+            return self
+        rows = self.rows[:, [0, 1, 0, 2]].view(-1, 2)
+        return Tuples(rows, torch.tensor([True, False]).repeat(len(self.rows)), [where for where in self.where for _ in range(2)])
+
+    def of(self, chosen: Tensor, total: int) -> "Tuples":
+        """Those whose samples are all among these rows, int64, of so many; numbered as the rows are."""
+        place = torch.full((total,), -1)
+        place[chosen] = torch.arange(len(chosen))
+        rows = place[self.rows]
+        kept = (rows >= 0).all(1)
+        texts = [None if t is None else [t[row] for row in kept.nonzero().flatten().tolist()] for t in (self.where, self.kinds)]
+        same, folds = (None if t is None else t[kept] for t in (self.same, self.folds))
+        return Tuples(rows[kept], same, *texts, folds)
+
+
 class Samples(Dataset):
     """One split, held in memory.
 
@@ -31,14 +74,25 @@ class Samples(Dataset):
         labels: [N] int64 in 0..len(class_names)-1; None for samples without labels, which have -1 in every place.
         class_names: the name of each class.
         ids: [N] where each sample came from (file, or face and letter), for errors and reports.
+        gallery: [N] bool, which samples are the gallery: judged are the others, the queries, against it alone. None: every sample is
+            a query, against all others. In training it means nothing.
+        tuples: pairs or triplets that are listed, to train with and to be judged by; without labels.
 
-    An index gives `(input, label)`; a list or tensor of indices gives a `Batch`, in one gather.
+    An index gives `(input, label)`; a list or tensor of indices gives a `Batch`, or `JudgedBatch` with roles, in one gather.
 
     Raises:
         ValueError: if lengths disagree or a label has no name.
     """
 
-    def __init__(self, inputs: Tensor, labels: Tensor | None, class_names: list[str], ids: list[str]):
+    def __init__(
+        self,
+        inputs: Tensor,
+        labels: Tensor | None,
+        class_names: list[str],
+        ids: list[str],
+        gallery: Tensor | None = None,
+        tuples: Tuples | None = None,
+    ):
         self.labelled = labels is not None
         if labels is None:
             labels = torch.full((len(inputs),), -1)
@@ -46,7 +100,17 @@ class Samples(Dataset):
             raise ValueError(f"{len(inputs)} inputs, {len(labels)} labels and {len(ids)} ids: they must be as many")
         if self.labelled and len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(class_names):
             raise ValueError(f"labels run from {labels.min()} to {labels.max()}, but {len(class_names)} classes have a name")
+        if gallery is not None and (gallery.dtype != torch.bool or gallery.shape != labels.shape):
+            raise ValueError(f"gallery is {gallery.dtype} {list(gallery.shape)}: it must be torch.bool {list(labels.shape)}")
         self.inputs, self.labels, self.class_names, self.ids = inputs, labels.long(), class_names, ids
+        self.gallery, self.tuples = gallery, tuples
+
+    @property
+    def kind(self) -> str:
+        """ "images" [C, H, W], "texts" (uint8 [L], see `siamese.data.texts`), or "rows" of anything else."""
+        if self.inputs.dim() == 4:
+            return "images"
+        return "texts" if self.inputs.dim() == 2 and self.inputs.dtype == torch.uint8 else "rows"
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,11 +119,16 @@ class Samples(Dataset):
         if isinstance(index, int):
             return self.inputs[index], int(self.labels[index])
         index = torch.as_tensor(index)
+        if self.gallery is not None:
+            return JudgedBatch(self.inputs[index], self.labels[index], None, self.gallery[index])
         return Batch(self.inputs[index], self.labels[index])
 
     def __repr__(self) -> str:
-        shape = " x ".join(map(str, self.inputs.shape[1:]))
-        return f"{len(self):,} samples {f'of {len(self.class_names):,} classes' if self.labelled else 'without labels'}, {shape}"
+        shape = "texts" if self.kind == "texts" else " x ".join(map(str, self.inputs.shape[1:]))
+        content = f"of {len(self.class_names):,} classes" if self.labelled else "without labels"
+        if self.tuples is not None:
+            content = f"in {len(self.tuples.rows):,} {'triplets' if self.tuples.same is None else 'pairs'}"
+        return f"{len(self):,} samples {content}, {shape}"
 
     def subset(self, rows: Tensor, renumber: bool = False) -> "Samples":
         """The samples in these rows, with all class names or, if `renumber`, only those of their own classes."""
@@ -67,13 +136,25 @@ class Samples(Dataset):
         if renumber and self.labelled:
             found, labels = labels.unique(return_inverse=True)
             names = [names[label] for label in found.tolist()]
-        return Samples(self.inputs[rows], labels, names, [self.ids[row] for row in rows.tolist()])
+        gallery = None if self.gallery is None else self.gallery[rows]
+        tuples = None if self.tuples is None else self.tuples.of(rows, len(self))
+        return Samples(self.inputs[rows], labels, names, [self.ids[row] for row in rows.tolist()], gallery, tuples)
+
+    def roles(self) -> tuple[Tensor, Tensor]:
+        """int64 [Q], [G]: the rows of the queries and of the gallery; without roles all rows are both."""
+        everyone = torch.arange(len(self))
+        return (everyone, everyone) if self.gallery is None else (everyone[~self.gallery], everyone[self.gallery])
 
     def fingerprint(self) -> str:
-        """16 hex digits that change when an input, its order or its label does."""
+        """16 hex digits that change when an input, its order, its label or its role does."""
         digest = hashlib.sha256(repr((tuple(self.inputs.shape), self.class_names)).encode())
         digest.update(self.inputs.contiguous().numpy().data)
         digest.update(self.labels.numpy().data)
+        if self.gallery is not None:
+            digest.update(self.gallery.numpy().data)
+        if self.tuples is not None:
+            for tensor in self.tuples.pairs()[:2]:
+                digest.update(tensor.contiguous().numpy().data)
         return digest.hexdigest()[:16]
 
 

@@ -26,7 +26,10 @@ _WITHOUT_LABELS = "Without labels, list the pairs or triplets in a file: samplin
 def balanced(samples: Samples, seed: int, classes: int = 32, samples_per_class: int = 4) -> DataLoader:
     """Batches of `classes` x `samples_per_class` samples; see `BalancedBatchSampler`."""
     if not samples.labelled:
-        raise ValueError(f"{samples}: sampling=balanced goes by labels. {_WITHOUT_LABELS}")
+        listed = samples.tuples is not None
+        kind = "pairs" if listed and samples.tuples.same is not None else "triplets"
+        remedy = f"Say sampling={kind}, and a loss of {kind}" if listed else _WITHOUT_LABELS
+        raise ValueError(f"{samples}: sampling=balanced goes by labels. {remedy}")
     sampler = BalancedBatchSampler(samples.labels, classes, samples_per_class, seed)
     return DataLoader(samples, sampler=sampler, batch_size=None)
 
@@ -41,7 +44,9 @@ def pairs(samples: Samples, seed: int, batch_size: int = 64, positive_fraction: 
     """
     if batch_size < 3:  # to pytorch-metric-learning one positive and one negative pair are no batch: its loss of them is 0
         raise ValueError(f"sampling.batch_size={batch_size} must be at least 3 pairs: of fewer nothing is learned")
-    if file is None:
+    if file is None and samples.tuples is not None:
+        dataset = ListedPairs.of(samples, seed)
+    elif file is None:
         dataset = PairDataset(samples, positive_fraction, seed)
     else:
         dataset = _read(ListedPairs, file, listed.PAIRS, samples, seed)
@@ -55,7 +60,9 @@ def triplets(samples: Samples, seed: int, batch_size: int = 42, file: str | None
 
     A `file` lists them instead, see `ListedTriplets`: a CSV with the header `anchor,positive,negative`, as `listed.read` takes it.
     """
-    if file is None:
+    if file is None and samples.tuples is not None:
+        dataset = ListedTriplets.of(samples, seed)
+    elif file is None:
         dataset = TripletDataset(samples, seed)
     else:
         dataset = _read(ListedTriplets, file, listed.TRIPLETS, samples, seed)
@@ -258,8 +265,8 @@ class PairDataset(Dataset):
         self.right[self.same] = self._classes.same(self.left[self.same], generator)
 
     def like(self, samples: Samples) -> "PairDataset":
-        """Of other samples, by their labels and with this share of positives, and the same ones every time."""
-        return PairDataset(samples, self.positive_fraction)
+        """Of other samples, those that they list or by their labels with this share of positives, and the same ones every time."""
+        return PairDataset(samples, self.positive_fraction) if samples.tuples is None else ListedPairs.of(samples)
 
     def __len__(self) -> int:
         return len(self.left)
@@ -296,8 +303,8 @@ class TripletDataset(Dataset):
         self.negative = self._classes.different(self.anchor, generator)
 
     def like(self, samples: Samples) -> "TripletDataset":
-        """Of other samples, by their labels, and the same ones every time."""
-        return TripletDataset(samples)
+        """Of other samples, those that they list or by their labels, and the same ones every time."""
+        return TripletDataset(samples) if samples.tuples is None else ListedTriplets.of(samples)
 
     def __len__(self) -> int:
         return len(self.anchor)
@@ -356,6 +363,21 @@ class ListedPairs(PairDataset):
         self.positive_fraction = self._same.double().mean().item()
         self.set_epoch(0)
 
+    @classmethod
+    def of(cls, samples: Samples, seed: int = 0) -> "ListedPairs":
+        """The pairs that these samples list, but for those that teach nothing: of a sample with itself, or called the same and different.
+
+        Of triplets, both pairs of each.
+        """
+        pairs = samples.tuples.pairs()
+        _, pair = pairs.rows.sort(1).values.unique(dim=0, return_inverse=True)
+        said = [torch.bincount(pair, kind.double()) > 0 for kind in (pairs.same, ~pairs.same)]
+        kept = ((pairs.rows[:, 0] != pairs.rows[:, 1]) & ~(said[0] & said[1])[pair]).nonzero().flatten()
+        if len(kept) < len(pair):
+            why = "of a sample with itself, or called the same and different"
+            log.info("%d of %d listed pairs teach nothing and are left out: %s", len(pair) - len(kept), len(pair), why)
+        return cls(samples, *pairs.rows[kept].T, pairs.same[kept], seed, where=lambda row: pairs.where[kept[row]])
+
     def set_epoch(self, epoch: int) -> None:
         generator = _generator(self.seed, epoch)
         self.same = _evenly(len(self._same), self.positive_fraction)
@@ -394,6 +416,22 @@ class ListedTriplets(TripletDataset):
         labels = samples.labels[self._listed]
         _warn_of(samples, (labels[:, 0] != labels[:, 1]) | (labels[:, 0] == labels[:, 2]))
         self.set_epoch(0)
+
+    @classmethod
+    def of(cls, samples: Samples, seed: int = 0) -> "ListedTriplets":
+        """The triplets that these samples list.
+
+        Raises:
+            ValueError: they list pairs.
+        """
+        if samples.tuples.same is not None:
+            raise ValueError(f"{samples}: these are pairs, say sampling=pairs")
+        rows = samples.tuples.rows
+        kept = ((rows.sort(1).values.diff(dim=1) != 0).all(1)).nonzero().flatten()
+        if len(kept) < len(rows):
+            why = "a sample stands in them twice"
+            log.info("%d of %d listed triplets teach nothing and are left out: %s", len(rows) - len(kept), len(rows), why)
+        return cls(samples, *rows[kept].T, seed, where=lambda row: samples.tuples.where[kept[row]])
 
     def set_epoch(self, epoch: int) -> None:
         order = torch.randperm(len(self._listed), generator=_generator(self.seed, epoch))

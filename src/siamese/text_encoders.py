@@ -1,0 +1,155 @@
+"""Encoders of texts. A text is its UTF-8 bytes with zeros behind it, uint8 [L]; see `siamese.data.texts.as_bytes`."""
+
+import json
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from siamese.data.texts import as_texts
+
+_CHUNK = 64  # texts that are embedded together, of like lengths: padding is wasted work
+
+
+class Transformer(nn.Module):
+    """A Hugging Face encoder, its last hidden states pooled, and a linear head if wanted. uint8 [B, L] -> [B, embedding_size].
+
+    Sentence-BERT: Reimers and Gurevych 2019, arXiv:1908.10084. What is made from a pretrained model keeps that model's configuration and
+    tokenizer in its own checkpoint: to load it again takes neither the folder nor the network.
+
+    Args:
+        model: a name of huggingface.co, or a folder with config.json, tokenizer and weights.
+        pretrained: start from its weights; else from random ones.
+        pool: "mean" of the states of all tokens, or "cls", the first one's.
+        max_length: longer texts are cut after so many tokens.
+        embedding_size: of the head; None leaves the pooled states as they are.
+        frozen: train the head alone, and compute each text's states once (`siamese.frozen.Frozen`).
+        config: the model's configuration, when it is known already.
+
+    Raises:
+        ValueError: no transformers, no such model, a pool that is not known, a length that the model cannot take, nothing to train.
+    """
+
+    takes_texts = True
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: bool = True,
+        pool: str = "mean",
+        max_length: int = 128,
+        embedding_size: int | None = None,
+        frozen: bool = False,
+        config: dict | None = None,
+    ):
+        super().__init__()
+        if frozen and not embedding_size:
+            raise ValueError("frozen=true trains the head alone, which needs an embedding_size")
+        self.backbone = _Pooled(model, pretrained, pool, max_length, config)
+        width = self.backbone.model.config.hidden_size
+        self.arguments = {"config": self.backbone.config}
+        if frozen:
+            from siamese.frozen import Frozen
+
+            self.backbone = Frozen(self.backbone)
+        self.embedding_size = embedding_size or width
+        self.head = nn.Linear(width, embedding_size) if embedding_size else nn.Identity()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.head(self.backbone(inputs))
+
+
+class _Pooled(nn.Module):
+    """Tokens, their states, and one vector of each text: uint8 [B, L] -> [B, F]."""
+
+    def __init__(self, model: str, pretrained: bool, pool: str, max_length: int, config: dict | None):
+        super().__init__()
+        if pool not in ("mean", "cls"):
+            raise ValueError(f"pool={pool} is not known: take mean or cls")
+        try:
+            from tokenizers import Tokenizer
+            from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
+        except ImportError:
+            raise ValueError("encoders of texts need transformers: run `pip install 'siamese-lab[text]'`") from None
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self.pool, self.max_length, self._make = pool, max_length, Tokenizer.from_str
+        if config is not None:  # the tokenizer comes with the weights
+            self.config, self.tokenizer = config, None
+            self.model = AutoModel.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
+        else:
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(model)
+                known = AutoConfig.from_pretrained(model)
+                self.model = AutoModel.from_pretrained(model) if pretrained else AutoModel.from_config(known)
+            except (OSError, ValueError, KeyError) as error:
+                reason = str(error).strip().partition("\n")[0][:200]
+                raise ValueError(
+                    f"model={model} cannot be loaded ({reason}): give a folder with a model, or a name of huggingface.co and a network"
+                ) from None
+            if not tokenizer.is_fast:
+                raise ValueError(f"model={model} has a tokenizer in Python alone, which is not supported: take another model")
+            most = min(getattr(known, "max_position_embeddings", None) or max_length, tokenizer.model_max_length)
+            if not 2 < max_length <= most:
+                raise ValueError(f"max_length={max_length} tokens must be from 3 to the {most} that {model} takes")
+            self.config = json.loads(known.to_json_string(use_diff=True))
+            for key in ("transformers_version", "_name_or_path", "architectures"):
+                self.config.pop(key, None)
+            self.tokenizer = self._make(tokenizer.backend_tokenizer.to_str())
+            self.tokenizer.enable_truncation(max_length)
+            self.tokenizer.no_padding()
+        if getattr(self.model, "pooler", None) is not None:
+            self.model.pooler = None  # weights that take no part
+        self.model.float()
+        self.padding = self.model.config.pad_token_id or 0
+
+    def get_extra_state(self) -> Tensor:
+        """The tokenizer, as bytes of its JSON, so that it is saved among the weights."""
+        return torch.frombuffer(bytearray(self.tokenizer.to_str().encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        try:
+            self.tokenizer = self._make(state.cpu().numpy().tobytes().decode())
+        except Exception as error:  # the library raises nothing more exact
+            raise ValueError(f"its tokenizer is damaged: {error}") from None
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        coded = [torch.tensor(one.ids) for one in self.tokenizer.encode_batch_fast(as_texts(inputs))]
+        lengths = torch.tensor([len(ids) for ids in coded])
+        order = lengths.argsort(stable=True)
+        pooled = []
+        for rows in order.split(_CHUNK):
+            tokens = pad_sequence([coded[row] for row in rows.tolist()], batch_first=True, padding_value=self.padding).to(inputs.device)
+            known = (torch.arange(tokens.shape[1]) < lengths[rows, None]).to(inputs.device)
+            states = self.model(input_ids=tokens, attention_mask=known.long()).last_hidden_state
+            weight = known[..., None].to(states.dtype)
+            pooled.append(states[:, 0] if self.pool == "cls" else (states * weight).sum(1) / weight.sum(1).clamp(min=1))
+        return torch.cat(pooled)[order.argsort().to(inputs.device)]
+
+
+class NGrams(nn.Module):
+    """Counts of character n-grams of 3 to 5 bytes, hashed, their square roots: the raw row of texts. uint8 [B, L] -> [B, embedding_size].
+
+    Weinberger et al. 2009, arXiv:0902.2206. Capital letters of ASCII count as small ones.
+    """
+
+    takes_texts = True
+
+    def __init__(self, embedding_size: int = 2048):
+        super().__init__()
+        self.embedding_size = embedding_size
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        codes = inputs.long()
+        codes = torch.where((codes >= 65) & (codes <= 90), codes + 32, codes)
+        codes = nn.functional.pad(codes, (1, 4))
+        found = torch.zeros(len(inputs), self.embedding_size + 1, device=inputs.device)
+        for n in range(3, 6):
+            grams = codes.unfold(1, n, 1)
+            hashed = torch.zeros_like(grams[..., 0])
+            for place in range(n):
+                hashed = (hashed * 1_000_003 + grams[..., place] + 1) % 2_147_483_647
+            hashed = hashed * 2_654_435_761 % 2_147_483_647 % self.embedding_size
+            empty = (grams[..., 1:] == 0).all(2)  # beyond the text
+            found.scatter_add_(1, hashed.masked_fill(empty, self.embedding_size), torch.ones_like(hashed, dtype=found.dtype))
+        return found[:, :-1].sqrt()
