@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-FIGURES = ["map_at_r", "recall_at_1", "auc", "eer", "oneshot_20way", "omniglot_error", "f1"]
+FIGURES = ["map_at_r", "recall_at_1", "auc", "eer", "oneshot_20way", "omniglot_error"]
 PER_CLASS = ("recall_at_1", "map_at_r")  # results.npz holds their means over the queries of each class
 LEVEL = 0.05
 

@@ -1,5 +1,6 @@
 """What several test files share: command lines in processes of their own, a tiny data set, and one whole default run."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -229,8 +230,13 @@ def tiny_run(fit, tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def default_run(command, tmp_path_factory) -> Path:
     """The directory of `python train.py` with its defaults, cut to two short epochs; to be read only."""
-    folder = tmp_path_factory.mktemp("default") / "run"
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # one run for all workers
+    folder = base / "default_run"
     short = ("trainer.max_epochs=2", "+trainer.limit_train_batches=6", "trainer.check_val_every_n_epoch=1", "trainer.log_every_n_steps=2")
-    done = command("train.py", *short, f"paths.output_dir={folder}")
-    assert done.code == 0, done.err
+    with open(base / "default_run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "metrics.json").exists():
+            done = command("train.py", *short, f"paths.output_dir={folder}")
+            assert done.code == 0, done.err
     return folder

@@ -57,7 +57,7 @@ def run(command, copy, drawings, tmp_path_factory):
 def stamps(run) -> None:
     """A finished run and a finished sweep, for the commands that look at one."""
     run(["train.py", *DRAWINGS, *FEW_STEPS, "hydra.run.dir=logs/train/runs/one"])
-    run(["train.py", "-m", "seed=0,1", *DRAWINGS, *FEW_STEPS, "hydra.sweep.dir=logs/train/multiruns/one"])
+    run(["train.py", "-m", "seed=0", *DRAWINGS, *FEW_STEPS, "hydra.sweep.dir=logs/train/multiruns/one"])
 
 
 def shortened(command: str) -> list[str] | None:

@@ -1,5 +1,6 @@
 """Encoders of texts: as the library they come from computes it, complete in one file, and trained by whole runs."""
 
+import functools
 import json
 import shutil
 
@@ -7,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import ContrastiveLoss
 
 import evaluate
 from siamese.bundle import Bundle
 from siamese.config import InputError, compose
 from siamese.data.texts import as_bytes
+from siamese.module import SiameseModule
 from siamese.text_encoders import NGrams, Transformer
 
 TEXTS = ["the cat", "a cat sat on the mat and on the other mat", "Über 9000 dogs!", "dogs", "x" * 300, "y"] * 15
@@ -59,8 +62,22 @@ def test_a_bundle_needs_neither_folder_nor_network(transformer, tmp_path, monkey
     model.save(tmp_path / "b.safetensors")
     shutil.rmtree(folder)
     again = Bundle.load(tmp_path / "b.safetensors")
-    assert torch.equal(model.embed(as_bytes(TEXTS)), again.embed(as_bytes(TEXTS)))
+    assert torch.allclose(model.embed(as_bytes(TEXTS)), again.embed(as_bytes(TEXTS)), atol=1e-6)
     assert again.parts == model.parts
+
+
+def test_lower_layers_learn_more_slowly(transformer):
+    def rates(**arguments) -> dict[str, float]:
+        model = bundle(transformer, embedding_size=4, layer_decay=0.5)
+        module = SiameseModule(model, ContrastiveLoss(), optimizer=functools.partial(torch.optim.SGD, lr=1.0), **arguments)
+        names = {weight: name.removeprefix("model.encoder.") for name, weight in module.named_parameters()}
+        return {names[weight]: group["lr"] for group in module.grouped_optimizer().param_groups for weight in group["params"]}
+
+    found, said = rates(), rates(lr_factors={"backbone.model.embeddings": 0.01})
+    layer = "backbone.model.encoder.layer.{}.output.dense.weight".format
+    embeddings = "backbone.model.embeddings.word_embeddings.weight"
+    assert (found[embeddings], found[layer(0)], found[layer(1)], found["head.weight"]) == (0.25, 0.5, 1, 1)
+    assert (said[embeddings], said[layer(0)]) == (0.01, 0.5)
 
 
 def test_an_architecture_without_its_weights_starts_from_random_ones(transformer):
@@ -78,6 +95,7 @@ def test_an_architecture_without_its_weights_starts_from_random_ones(transformer
         ({"pool": "max"}, r"pool=max is not known: take mean or cls"),
         ({"max_length": 65}, r"max_length=65 tokens must be from 3 to the 64 that"),
         ({"max_length": 2}, r"max_length=2 tokens must be"),
+        ({"layer_decay": 0}, r"layer_decay=0 is a share of the learning rate: above 0 and at most 1"),
         ({"frozen": True}, r"frozen=true trains the head alone, which needs an embedding_size"),
     ],
 )

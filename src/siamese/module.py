@@ -39,7 +39,7 @@ class SiameseModule(L.LightningModule):
             `max_lr` that it takes; or None.
         rates: learning rates other than the optimizer's: of "loss" (its own weights), of "model.encoder", or of a module within.
         lr_factors: for parts of the encoder, by their dotted names, what its learning rate is multiplied by; of a part within
-            another its own factor counts.
+            another its own factor counts. They go before those that the encoder has itself, as `encoder.lr_factors`.
         seed: with the epoch and the batch it decides all that is drawn in a step: augmentation, dropout, miners that sample.
         config: plain values, kept in every checkpoint.
     """
@@ -73,7 +73,7 @@ class SiameseModule(L.LightningModule):
         if not isinstance(self.lr_factors, dict):
             raise ValueError(f"lr_factors={self.lr_factors} must name parts of the encoder, as in 'optimizer.lr_factors={{backbone:0.1}}'")
         factors, frozen = {}, frozen_tensors(self)
-        for part, factor in self.lr_factors.items():
+        for part, factor in {**getattr(self.model.encoder, "lr_factors", {}), **self.lr_factors}.items():
             if isinstance(factor, bool) or not isinstance(factor, (int, float)) or factor < 0:
                 raise ValueError(f"lr_factors.{part}={factor} must be a number that multiplies the learning rate, such as 0.1")
             if {*part_of(self.model.encoder, part).parameters()} <= frozen:

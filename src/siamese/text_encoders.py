@@ -24,6 +24,8 @@ class Transformer(nn.Module):
         max_length: longer texts are cut after so many tokens.
         embedding_size: of the head; None leaves the pooled states as they are.
         frozen: train the head alone, and compute each text's states once (`siamese.frozen.Frozen`).
+        layer_decay: each layer learns at this share of the rate of the one above it, above 0 and at most 1 (Howard and Ruder 2018,
+            arXiv:1801.06146).
         config: the model's configuration, when it is known already.
 
     Raises:
@@ -40,20 +42,33 @@ class Transformer(nn.Module):
         max_length: int = 128,
         embedding_size: int | None = None,
         frozen: bool = False,
+        layer_decay: float = 1.0,
         config: dict | None = None,
     ):
         super().__init__()
+        if not 0 < layer_decay <= 1:
+            raise ValueError(f"layer_decay={layer_decay} is a share of the learning rate: above 0 and at most 1")
         if frozen and not embedding_size:
             raise ValueError("frozen=true trains the head alone, which needs an embedding_size")
         self.backbone = _Pooled(model, pretrained, pool, max_length, config)
         width = self.backbone.model.config.hidden_size
         self.arguments = {"config": self.backbone.config}
+        self.lr_factors = {} if frozen or layer_decay == 1 else self._decaying(layer_decay)
         if frozen:
             from siamese.frozen import Frozen
 
             self.backbone = Frozen(self.backbone)
         self.embedding_size = embedding_size or width
         self.head = nn.Linear(width, embedding_size) if embedding_size else nn.Identity()
+
+    def _decaying(self, decay: float) -> dict[str, float]:
+        """What the learning rate of each layer is multiplied by, by its dotted name; of all below the first layer too."""
+        model = self.backbone.model
+        for name, layers in model.named_modules():
+            if isinstance(layers, nn.ModuleList) and len(layers) == model.config.num_hidden_layers:
+                every = {f"backbone.model.{name}.{layer}": decay ** (len(layers) - 1 - layer) for layer in range(len(layers))}
+                return {"backbone.model": decay ** len(layers), **every}
+        raise ValueError(f"layer_decay={decay}: no list of layers is found in {type(model).__name__}, say optimizer.lr_factors instead")
 
     def forward(self, inputs: Tensor) -> Tensor:
         return self.head(self.backbone(inputs))
