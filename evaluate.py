@@ -58,7 +58,7 @@ def evaluate(config: dict) -> dict[str, float]:
         remedy = ": set dataset.size" if "size" in config["dataset"] else ""
         raise InputError(f"the encoder in {ckpt} takes inputs of shape {trained}, this data set has {input_shape}{remedy}")
     with as_input_error("dataset"):
-        judging.check_fits(model, data.val)
+        judging.check_kind(model.encoder, data.val)
     others = {name: other_tests(name, data.val, config) for name in dict.fromkeys(config["also"])}
     fingerprints = {"val": data.val, "test": data.test, **{f"{name}/test": samples for name, samples in others.items()}}
     fingerprints = {name: samples.fingerprint() for name, samples in fingerprints.items()}

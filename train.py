@@ -97,6 +97,7 @@ def assemble(config: dict):
     from pathlib import Path
 
     import torch
+    from hydra.utils import get_object
 
     from siamese import judging
     from siamese.bundle import Bundle
@@ -113,9 +114,12 @@ def assemble(config: dict):
         log.info("train on %s, validate on %s", data.train, data.val)
         if config["test"]:
             _ = data.test, data.source.oneshot_runs()
+    with as_input_error("encoder"):
+        judging.check_kind(get_object(config["encoder"]["_target_"]), data.train)
     known, metric = PAIR_FIGURES if data.val.tuples is not None else FIGURES, config["optimized_metric"].removeprefix("val/")
     if metric not in known:
-        raise InputError(f"optimized_metric=val/{metric} is not computed of {data.val}: take one of val/{', val/'.join(known)}")
+        remedy = "say experiment=matching, or " if data.val.tuples is not None else ""
+        raise InputError(f"optimized_metric=val/{metric} is not computed of {data.val}: {remedy}take one of val/{', val/'.join(known)}")
     splits, out = {"val": data.val, **({"test": data.test} if config["test"] else {})}, Path(config["paths"]["output_dir"])
     with as_input_error("check"):
         checking.check({"train": data.train, **splits}, data.source.findings(), out, config["check"])
@@ -129,7 +133,6 @@ def assemble(config: dict):
     made_of = bundle_arguments(config, data.input_shape, data.preprocessing())
     with as_input_error("encoder"):
         model = Bundle(**made_of)
-        judging.check_fits(model, data.train)
     parts, trust = model.parts, made_of["trust"]
     if frozen_tensors(model) and config["augmentation"]:
         raise InputError(
@@ -156,10 +159,12 @@ def assemble(config: dict):
     if config["init_from"]:
         with as_input_error("init_from"):
             other = Bundle.load(config["init_from"], trust=trust)
-            # Whether the backbone is to be trained is not said by its weights.
-            mine, theirs = ({**of["encoder"], "frozen": None} for of in (parts, other.parts))
+            # How it is to be trained is not said by its weights.
+            mine, theirs = ({**of["encoder"], **dict.fromkeys(("frozen", "layer_decay", "pretrained"))} for of in (parts, other.parts))
             if mine != theirs:
-                raise ValueError(f"{config['init_from']} holds another encoder than this command asks for: {other.parts['encoder']}")
+                other_keys = [key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key) and key != "config"]
+                what = ", ".join(f"{key}={theirs.get(key)}, not {mine.get(key)}" for key in sorted(other_keys)) or "another configuration"
+                raise ValueError(f"{config['init_from']} holds another encoder than this command asks for: {what}")
             model.encoder.load_state_dict(other.encoder.state_dict())
             if other.parts["distance"] == parts["distance"]:
                 model.distance.load_state_dict(other.distance.state_dict())

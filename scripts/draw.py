@@ -29,6 +29,8 @@ def draw(run: Path, to: Path, seed: int = 0) -> None:
     result, figures = results["test"], json.loads((run / "metrics.json").read_text())
     samples = instantiate(OmegaConf.load(run / ".hydra" / "config.yaml").dataset).split("test")
     rows, gallery = samples.roles()
+    if samples.kind != "images" or samples.tuples is not None:
+        sys.exit(f"error: {run} was judged on {samples}: neighbours are drawn of images with classes")
     queries = np.random.default_rng(seed).choice(len(rows), SHOWN, replace=False)
 
     figure = plt.figure(figsize=(10, 4.6), dpi=110, layout="constrained")

@@ -697,7 +697,7 @@ def test_a_result_of_listed_pairs_is_saved_and_names_the_hardest(tmp_path):
     assert again.figures == result.figures
     score = torch.stack([torch.cosine_similarity(embeddings[a], embeddings[b], 0) for a, b in rows.tolist()])
     worst = names[int(score.where(same, torch.inf).argmin())]
-    assert f"the same pair that looks least so: {worst}, " in "".join(again.notes)
+    assert f"hardest of the same pairs: {worst}, " in "".join(again.notes)
 
 
 def test_an_embedding_that_is_not_finite_is_named_among_listed_pairs():

@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -80,6 +81,53 @@ def test_lower_layers_learn_more_slowly(transformer):
     assert (said[embeddings], said[layer(0)]) == (0.01, 0.5)
 
 
+def test_what_stands_above_the_layers_learns_at_the_full_rate(tmp_path, transformer):
+    from transformers import AutoTokenizer, ModernBertConfig, ModernBertModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 78}
+    ModernBertModel(ModernBertConfig(**sizes, pad_token_id=0, max_position_embeddings=64)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(transformer).save_pretrained(tmp_path)
+    encoder = Transformer(str(tmp_path), max_length=32, layer_decay=0.5)
+    assert encoder.lr_factors == {
+        "backbone.model.embeddings": 0.125,
+        **{f"backbone.model.layers.{layer}": factor for layer, factor in enumerate((0.25, 0.5, 1))},
+    }
+    assert encoder(as_bytes(TEXTS)).isfinite().all()
+
+
+def test_dropout_is_on_in_training(transformer):
+    encoder = Transformer(str(transformer), max_length=32)
+    assert not torch.equal(encoder(as_bytes(TEXTS)), encoder(as_bytes(TEXTS)))
+
+
+# --- a bundle is untrusted input
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"config": None}, "its configuration is damaged"),
+        ({"config": {"model_type": "bert", "hidden_size": "x"}}, "its configuration is damaged"),
+        ({"config": {"model_type": "timm_backbone", "backbone": "hf-hub:evil/repo"}}, "its configuration says backbone"),
+        ({"config": {"model_type": "bert", "attn_implementation": "evil/kernel"}}, "its configuration says attn_implementation"),
+        ({"config": {"model_type": "clip"}}, "its configuration is damaged: it is of no encoder of texts"),
+    ],
+)
+def test_a_bundle_cannot_make_anybody_read_files_or_the_network(transformer, tmp_path, monkeypatch, change, said):
+    model = bundle(transformer)
+    model.parts["encoder"] |= change
+    if change["config"] is None:
+        del model.parts["encoder"]["config"]
+    model.save(tmp_path / "b.safetensors")
+
+    def refuse(*_, **__):
+        raise AssertionError("somebody opens a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    with pytest.raises(ValueError, match=said):
+        Bundle.load(tmp_path / "b.safetensors")
+
+
 def test_an_architecture_without_its_weights_starts_from_random_ones(transformer):
     torch.manual_seed(1)
     one, other, there = (Transformer(str(transformer), pretrained=known, max_length=32) for known in (False, False, True))
@@ -91,17 +139,25 @@ def test_an_architecture_without_its_weights_starts_from_random_ones(transformer
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"model": "/nowhere/at/all"}, r"model=/nowhere/at/all cannot be loaded"),
+        ({"model": "/nowhere/at/all"}, r"model=/nowhere/at/all: there is no such folder"),
         ({"pool": "max"}, r"pool=max is not known: take mean or cls"),
         ({"max_length": 65}, r"max_length=65 tokens must be from 3 to the 64 that"),
         ({"max_length": 2}, r"max_length=2 tokens must be"),
         ({"layer_decay": 0}, r"layer_decay=0 is a share of the learning rate: above 0 and at most 1"),
+        ({"frozen": True, "embedding_size": 4, "layer_decay": 0.5}, r"frozen=true trains the head alone, which knows no layer_decay=0.5"),
         ({"frozen": True}, r"frozen=true trains the head alone, which needs an embedding_size"),
     ],
 )
 def test_bad_input_is_named(transformer, arguments, said):
     with pytest.raises(ValueError, match=said):
         Transformer(**{"model": str(transformer), "max_length": 32, **arguments})
+
+
+def test_a_folder_without_a_tokenizer_is_refused(transformer, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(transformer / name, tmp_path)
+    with pytest.raises(ValueError, match=r"(tokenizer\.json is missing|cannot be loaded)"):
+        Transformer(str(tmp_path), max_length=32)
 
 
 def test_a_damaged_tokenizer_is_named(transformer, tmp_path):
@@ -194,7 +250,7 @@ def test_a_run_is_resumed_and_its_weights_are_taken(fit_texts):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["encoder=conv4"], "it takes images"),
+        (["encoder=conv4"], "the encoder does not go with 84 samples of 14 classes, texts: it takes no texts: use encoder=transformer"),
         (["encoder=mlp"], "the encoder does not go with 84 samples of 14 classes, texts: it takes no texts: use encoder=transformer"),
         (["encoder=transformer", "augmentation=light"], "say augmentation=none"),
     ],

@@ -50,14 +50,18 @@ class Bundle(nn.Module):
         threshold: the score from which two inputs count as the same, fitted on validation classes.
         config: the configuration it was trained with, plain values.
         trust: packages, besides this one and pytorch-metric-learning, whose classes may be built from `parts`.
+        alone: `parts`, and the weights to come, must say all: an encoder neither downloads what it is made from nor reads its files.
 
     Raises:
         ValueError: a part names a class that is not a torch module of a trusted package, or its arguments do not fit.
     """
 
-    def __init__(self, parts: dict, threshold: float | None = None, config: dict | None = None, trust: tuple[str, ...] = ()):
+    def __init__(
+        self, parts: dict, threshold: float | None = None, config: dict | None = None, trust: tuple[str, ...] = (), alone: bool = False
+    ):
         super().__init__()
-        self.encoder = construct_trusted(parts["encoder"], nn.Module, trust)
+        offered = {"pretrained": False, "config": {}} if alone else {}
+        self.encoder = construct_trusted(parts["encoder"], nn.Module, trust, **offered)
         # What an encoder has learned of itself when it was made, and needs to be made again: of a pretrained one its configuration.
         self.parts = {**parts, "encoder": {**parts["encoder"], **getattr(self.encoder, "arguments", {})}}
         self.threshold, self.config = threshold, config or {}
@@ -117,9 +121,9 @@ class Bundle(nn.Module):
             if Path(path).suffix != ".safetensors":
                 state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
             parts = dict(saved["parts"])
-            if "pretrained" in parts["encoder"]:  # the weights are in this file: nothing to download
+            if "pretrained" in parts["encoder"]:
                 parts["encoder"] = {**parts["encoder"], "pretrained": False}
-            bundle = cls(parts, saved.get("threshold"), saved["config"], trust)
+            bundle = cls(parts, saved.get("threshold"), saved["config"], trust, alone=True)
             bundle.load_state_dict(state)
             for part in bundle.modules():
                 if isinstance(part, Frozen) and Path(path).suffix == ".safetensors":  # for use, on inputs that do not come again

@@ -187,23 +187,26 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
         raise InputError(f"{missing} has no value: say {missing}=...")
     for key, path in (("ckpt", config["ckpt"]), ("init_from", config.get("init_from"))):
         if path is not None and not Path(str(path)).is_file():
-            raise InputError(f"{key}={path}: there is no such file")
+            folder = Path(str(path)).is_dir()
+            remedy = "it is a folder: name a file in it, checkpoints/last.ckpt or bundle.safetensors" if folder else "there is no such file"
+            raise InputError(f"{key}={path}: {remedy}")
     if config["ckpt"] and config.get("init_from"):
         raise InputError("ckpt= resumes a run with everything, init_from= takes weights only: give one of them")
     path = config["dataset"].get("path")
     if path is not None and not Path(path).exists():
+        if not (origin := _origin(choices["dataset"])):
+            raise InputError(f"dataset.path: there is no {path}: say where your data lies")
         raise InputError(
-            f"dataset.path: there is no {path}. Fetch it ({_origin(choices['dataset'])}), or say where it lies: "
-            "SIAMESE_DATA_DIR=DIR or dataset.path=DIR"
+            f"dataset.path: there is no {path}. Fetch it ({origin}), or say where it lies: SIAMESE_DATA_DIR=DIR or dataset.path=DIR"
         )
     return {**config, "choices": choices, "overrides": overrides, "sweep": None}
 
 
-def _origin(dataset: str) -> str:
-    """Where to get it: the command or address in the first line of its YAML."""
+def _origin(dataset: str) -> str | None:
+    """Where to get it: the command or address in the first line of its YAML; None for data of one's own."""
     file = CONF / "dataset" / f"{dataset}.yaml"
     found = re.search(r"`(python [^`]+)`|(https?://\S+)", file.read_text().partition("\n")[0]) if file.is_file() else None
-    return found[1] or found[2] if found else "check the path"
+    return found[1] or found[2] if found else None
 
 
 def on_the_sphere(distance: dict) -> bool:

@@ -19,10 +19,11 @@ def scores(distance: Module, query: Tensor, gallery: Tensor) -> Tensor:
 
 
 def pair_scores(distance: Module, left: Tensor, right: Tensor) -> Tensor:
-    """[P, D] and [P, D] embeddings -> float64 [P], the score of each with its own; higher is more alike."""
+    """[P, D] and [P, D] embeddings -> float64 [P] (float32 on mps), the score of each with its own; higher is more alike."""
     # By the call that all distances have: pytorch-metric-learning's `pairwise_distance` neither normalises nor is exact.
-    parts = zip(left.double().split(_PAIRS), right.double().split(_PAIRS), strict=True)
-    return torch.cat([scores(distance, *pair).diagonal() for pair in parts] or [left.new_zeros(0, dtype=torch.float64)])
+    wide = torch.float32 if left.device.type == "mps" else torch.float64  # all that it has
+    parts = zip(left.to(wide).split(_PAIRS), right.to(wide).split(_PAIRS), strict=True)
+    return torch.cat([scores(distance, *pair).diagonal() for pair in parts] or [left.new_zeros(0, dtype=wide)])
 
 
 class LearnedDistance(BaseDistance):

@@ -185,7 +185,9 @@ def evaluate(
             name = f"oneshot_{way}way" if shot == 1 else f"fewshot_{way}way_{shot}shot"
             able = int((counts >= shot).sum())
             if able < way or counts.max() <= shot:
-                notes.append(f"{name} is left out: it needs {way} classes of {shot} samples and one more, there are {able}")
+                notes.append(
+                    f"{name} is left out: it needs {way} classes of {shot} sample{'s' * (shot > 1)} and one more, there are {able}"
+                )
                 continue
             right, asked = fewshot(embeddings, labels, distance, way, shot, seed=seed)
             figures[name] = right.double().mean().item()
@@ -450,7 +452,7 @@ def evaluate_tuples(
     where = where or [f"pair {row}" for row in range(len(scores))]
     extremes = {"same": scores.where(same, torch.inf).argmin(), "different": scores.where(~same, -torch.inf).argmax()}
     for text, row in extremes.items():
-        notes.append(f"the {text} pair that looks least so: {where[row]}, score {scores[row]:.4f}")
+        notes.append(f"hardest of the {text} pairs: {where[row]}, score {scores[row]:.4f}")
     sampled = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(seed))[:2000].sort().values
     nothing = np.zeros(0, dtype=np.int64)
     return EvaluationResult(

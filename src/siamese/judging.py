@@ -33,9 +33,9 @@ def judge(model: Bundle, data, test: bool = True) -> dict[str, EvaluationResult]
     return results
 
 
-def check_fits(model: Bundle, samples: Samples) -> None:
-    """Raises ValueError if the model's encoder is made for texts and the samples are none, or the other way around."""
-    takes_texts = getattr(model.encoder, "takes_texts", False)
+def check_kind(encoder: type | torch.nn.Module, samples: Samples) -> None:
+    """Raises ValueError if an encoder, or its class, is made for texts and the samples are none, or the other way around."""
+    takes_texts = getattr(encoder, "takes_texts", False)
     if takes_texts != (samples.kind == "texts"):
         remedy = "it takes texts: use dataset=texts" if takes_texts else "it takes no texts: use encoder=transformer"
         raise ValueError(f"the encoder does not go with {samples}: {remedy}")

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +26,22 @@ PACKAGES = (
     "pillow",
     "matplotlib",
     "wandb",
+    "scipy",
+    "transformers",
+    "tokenizers",
 )
-_COLUMNS = ("recall_at_1", "map_at_r", "auc", "eer", "accuracy", "oneshot_20way", "omniglot_error", "f1", "triplet_accuracy")
+_COLUMNS = (
+    "recall_at_1",
+    "map_at_r",
+    "auc",
+    "eer",
+    "accuracy",
+    "oneshot_20way",
+    "omniglot_error",
+    "average_precision",
+    "f1",
+    "triplet_accuracy",
+)
 _ROWS = {"raw": "raw input", "untrained": "untrained", "val": "validation", "test": "test"}
 
 
@@ -66,9 +80,17 @@ def provenance(repository: Path, fingerprints: dict[str, str]) -> dict:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if status is None else bool(status),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in PACKAGES},
+        "packages": {name: found for name in PACKAGES if (found := _version(name))},
         "data": fingerprints,
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: some are extras."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def table(results: dict[str, EvaluationResult]):
@@ -76,7 +98,8 @@ def table(results: dict[str, EvaluationResult]):
     from rich import box
     from rich.table import Table
 
-    shown = [name for name in _COLUMNS if any(name in result.figures for result in results.values())]
+    every = {name for result in results.values() for name in result.figures}
+    shown = [name for name in _COLUMNS if name in every and (name != "average_precision" or "map_at_r" not in every)]
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ["", *shown]:
         table.add_column(heading.replace("_", "_\n", 1), justify="right" if heading else "left")

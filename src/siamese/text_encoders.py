@@ -1,6 +1,9 @@
 """Encoders of texts. A text is its UTF-8 bytes with zeros behind it, uint8 [L]; see `siamese.data.texts.as_bytes`."""
 
 import json
+import os
+import re
+from logging import ERROR, getLogger
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from siamese.data.texts import as_texts
 
+_LOADS = "implementation|auto_map|backbone|name_or_path|quantization"  # keys of a configuration that can make transformers load something
 _CHUNK = 64  # texts that are embedded together, of like lengths: padding is wasted work
 
 
@@ -48,12 +52,13 @@ class Transformer(nn.Module):
         super().__init__()
         if not 0 < layer_decay <= 1:
             raise ValueError(f"layer_decay={layer_decay} is a share of the learning rate: above 0 and at most 1")
-        if frozen and not embedding_size:
-            raise ValueError("frozen=true trains the head alone, which needs an embedding_size")
+        if frozen and (not embedding_size or layer_decay != 1):
+            what = "needs an embedding_size" if not embedding_size else f"knows no layer_decay={layer_decay}"
+            raise ValueError(f"frozen=true trains the head alone, which {what}")
         self.backbone = _Pooled(model, pretrained, pool, max_length, config)
         width = self.backbone.model.config.hidden_size
         self.arguments = {"config": self.backbone.config}
-        self.lr_factors = {} if frozen or layer_decay == 1 else self._decaying(layer_decay)
+        self.lr_factors = {} if layer_decay == 1 else self._decaying(layer_decay)
         if frozen:
             from siamese.frozen import Frozen
 
@@ -62,12 +67,17 @@ class Transformer(nn.Module):
         self.head = nn.Linear(width, embedding_size) if embedding_size else nn.Identity()
 
     def _decaying(self, decay: float) -> dict[str, float]:
-        """What the learning rate of each layer is multiplied by, by its dotted name; of all below the first layer too."""
+        """What the learning rate of each layer, and of what comes before them, is multiplied by, by their dotted names."""
         model = self.backbone.model
         for name, layers in model.named_modules():
             if isinstance(layers, nn.ModuleList) and len(layers) == model.config.num_hidden_layers:
-                every = {f"backbone.model.{name}.{layer}": decay ** (len(layers) - 1 - layer) for layer in range(len(layers))}
-                return {"backbone.model": decay ** len(layers), **every}
+                every = {f"{name}.{layer}": decay ** (len(layers) - 1 - layer) for layer in range(len(layers))}
+                for child, part in model.named_children():
+                    if child == name.partition(".")[0]:
+                        break
+                    if list(part.parameters()):
+                        every[child] = decay ** len(layers)
+                return {f"backbone.model.{part}": factor for part, factor in every.items()}
         raise ValueError(f"layer_decay={decay}: no list of layers is found in {type(model).__name__}, say optimizer.lr_factors instead")
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -83,40 +93,66 @@ class _Pooled(nn.Module):
             raise ValueError(f"pool={pool} is not known: take mean or cls")
         try:
             from tokenizers import Tokenizer
-            from transformers import AutoConfig, AutoModel, AutoTokenizer, logging
+            from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, logging
         except ImportError:
             raise ValueError("encoders of texts need transformers: run `pip install 'siamese-lab[text]'`") from None
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        getLogger("huggingface_hub").setLevel(ERROR)  # each try again, where there is no network
         self.pool, self.max_length, self._make = pool, max_length, Tokenizer.from_str
-        if config is not None:  # the tokenizer comes with the weights
+        if config is not None:  # of a file, which nobody vouches for; the tokenizer comes with the weights
             self.config, self.tokenizer = config, None
-            self.model = AutoModel.from_config(AutoConfig.for_model(**config), trust_remote_code=False)
-        else:
+            if forbidden := [key for key in config if re.search(_LOADS, key)]:
+                raise ValueError(f"its configuration says {forbidden[0]}, which might load something else")
             try:
-                tokenizer = AutoTokenizer.from_pretrained(model)
-                known = AutoConfig.from_pretrained(model)
-                self.model = AutoModel.from_pretrained(model) if pretrained else AutoModel.from_config(known)
-            except (OSError, ValueError, KeyError) as error:
+                known = AutoConfig.for_model(**config)
+                if any(isinstance(value, PreTrainedConfig) for value in vars(known).values()) or not hasattr(known, "vocab_size"):
+                    raise ValueError("it is of no encoder of texts")
+                self.model = AutoModel.from_config(known, trust_remote_code=False)
+            except Exception as error:  # what is no configuration raises a dozen things
+                raise ValueError(f"its configuration is damaged: {str(error).strip().partition(chr(10))[0][:200]}") from None
+        else:
+            if (os.path.isabs(model) or model.startswith(".")) and not os.path.isdir(model):
+                raise ValueError(f"model={model}: there is no such folder")
+            try:
+                tokenizer, known = (kind.from_pretrained(model, trust_remote_code=False) for kind in (AutoTokenizer, AutoConfig))
+                options = {"trust_remote_code": False}
+                self.model = AutoModel.from_pretrained(model, **options) if pretrained else AutoModel.from_config(known, **options)
+            except Exception as error:  # the library, and those below it, raise a dozen things
                 reason = str(error).strip().partition("\n")[0][:200]
                 raise ValueError(
                     f"model={model} cannot be loaded ({reason}): give a folder with a model, or a name of huggingface.co and a network"
                 ) from None
-            if not tokenizer.is_fast:
+            if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size() <= len(tokenizer.all_special_tokens):
+                if tokenizer.is_fast:  # made up by the library where it finds none
+                    raise ValueError(f"model={model} comes without a tokenizer that knows any word: tokenizer.json is missing")
                 raise ValueError(f"model={model} has a tokenizer in Python alone, which is not supported: take another model")
             most = min(getattr(known, "max_position_embeddings", None) or max_length, tokenizer.model_max_length)
             if not 2 < max_length <= most:
                 raise ValueError(f"max_length={max_length} tokens must be from 3 to the {most} that {model} takes")
             self.config = json.loads(known.to_json_string(use_diff=True))
-            for key in ("transformers_version", "_name_or_path", "architectures"):
-                self.config.pop(key, None)
+            for key in [key for key in self.config if key in ("transformers_version", "architectures") or re.search(_LOADS, key)]:
+                del self.config[key]
             self.tokenizer = self._make(tokenizer.backend_tokenizer.to_str())
             self.tokenizer.enable_truncation(max_length)
             self.tokenizer.no_padding()
+            if known.is_encoder_decoder:
+                raise ValueError(f"model={model} is made to write texts, not to embed them: take an encoder, such as BERT")
         if getattr(self.model, "pooler", None) is not None:
             self.model.pooler = None  # weights that take no part
-        self.model.float()
+        self.model.float().eval()
         self.padding = self.model.config.pad_token_id or 0
+        if config is None:
+            self._try_longest(model, max_length)
+        self.model.train()  # as any module starts: `from_pretrained` leaves it in evaluation mode, without dropout
+
+    @torch.no_grad()
+    def _try_longest(self, model: str, length: int) -> None:
+        # Some models keep places for themselves, so that they take fewer tokens than their configuration says.
+        try:
+            self.model(input_ids=torch.full((1, length), (self.padding + 1) % self.model.config.vocab_size))
+        except (IndexError, RuntimeError):
+            raise ValueError(f"max_length={length} tokens are more than {model} takes: lower it by a few") from None
 
     def get_extra_state(self) -> Tensor:
         """The tokenizer, as bytes of its JSON, so that it is saved among the weights."""
@@ -129,7 +165,7 @@ class _Pooled(nn.Module):
             raise ValueError(f"its tokenizer is damaged: {error}") from None
 
     def forward(self, inputs: Tensor) -> Tensor:
-        coded = [torch.tensor(one.ids) for one in self.tokenizer.encode_batch_fast(as_texts(inputs))]
+        coded = [torch.tensor(one.ids or [self.padding]) for one in self.tokenizer.encode_batch_fast(as_texts(inputs))]
         lengths = torch.tensor([len(ids) for ids in coded])
         order = lengths.argsort(stable=True)
         pooled = []

@@ -129,6 +129,23 @@ def test_leakage_can_stop_the_run_be_dropped_or_be_ignored(leaking, tmp_path, ca
     assert not (tmp_path / "leakage.csv").exists()
 
 
+def test_all_that_leaks_is_dropped_not_the_first_of_each_alone(tmp_path):
+    rows = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+    training = Samples(rows, torch.tensor([0, 0, 1, 1]), ["a", "b"], list("tuvw"))
+    judged = Samples(rows[[1, 2, 1]], torch.tensor([0, 1, 1]), ["c", "d"], list("xyz"))
+    assert guard(training, {"val": judged}, tmp_path, "drop").tolist() == [0, 1, 2]
+
+
+def test_a_split_that_leaves_nothing_to_compare_is_named():
+    class Lonely(Source):
+        def split(self, name):
+            return samples(random(3), "abc")
+
+    data = SiameseData(Lonely(), None)
+    with pytest.raises(ValueError, match=r"the val split has 3 samples of 3 classes.*: judging needs two classes, one of them with two"):
+        _ = data.val
+
+
 def test_without_leakage_nothing_is_said(tmp_path, caplog):
     caplog.set_level(logging.INFO)
     assert guard(samples(random(20), "ab" * 10), {"val": samples(random(9, 1), "c" * 9)}, tmp_path, "error").tolist() == []

@@ -46,10 +46,13 @@ def test_parquet_is_read_where_pyarrow_is_and_else_says_so(tmp_path):
         ("t.csv", "path,label\n1.jpg,cat\n2.jpg\n", "t.csv, row 3: it has 1 entries, the header has 2"),
         ("t.csv", "path,label\n1.jpg,cat\n2.jpg,\n", "t.csv, row 3: label is empty"),
         ("t.csv", "path,label\n", "t.csv has no rows"),
+        ("t.csv", "path,label\n1.jpg,NaN\n", "t.csv, row 2: label is NaN: fill it, or delete the row"),
+        ("t.csv", "path,label,Split\n1.jpg,cat,test\n", "t.csv has a column 'Split': write 'split', in small letters"),
+        ("t.jsonl", '{"path": ["1.jpg"], "label": "cat"}\n', "t.jsonl, row 1: path is a list or an object"),
         ("t.csv", "", "t.csv has no rows"),
         ("t.csv", "path,path\n1,2\n", "two columns of the same name"),
-        ("t.csv", 'path,label\n"1.jpg,cat\n', "t.csv, row"),
-        ("t.jsonl", '{"path": "1.jpg", "label": "cat"}\n{"path": \n', "t.jsonl, row 2: Expecting value"),
+        ("t.csv", 'path,label\n"1.jpg,cat\n', "t.csv, row 3: a quotation mark is missing, here or above"),
+        ("t.jsonl", '{"path": "1.jpg", "label": "cat"}\n{"path": \n', "t.jsonl, row 2 is no JSON (Expecting value"),
         ("t.jsonl", "[1, 2]\n", "t.jsonl, row 1: it must be an object"),
         ("t.txt", "path\n", "t.txt is no table: its name must end in .csv, .tsv, .jsonl, .parquet"),
     ],
@@ -57,12 +60,17 @@ def test_parquet_is_read_where_pyarrow_is_and_else_says_so(tmp_path):
 def test_a_broken_table_is_named_with_its_row(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)):
-        rows(tmp_path / name, ("path", "label"))
+        rows(tmp_path / name, ("path", "label"), ("split",))
+
+
+def test_a_folder_is_no_table(tmp_path):
+    with pytest.raises(ValueError, match="is a folder, here a table is needed"):
+        rows(tmp_path, ("path",))
 
 
 def test_bytes_that_are_no_utf8_are_named_with_their_row(tmp_path):
     (tmp_path / "t.csv").write_bytes(b"path,label\n1.jpg,caf\xe9\n")
-    with pytest.raises(ValueError, match=r"t.csv, row \d: 'utf-8' codec"):
+    with pytest.raises(ValueError, match=r"t.csv, row 2: the byte 0xe9 is no UTF-8: save the table as UTF-8"):
         rows(tmp_path / "t.csv", ("path",))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,22 @@ def test_without_splits_no_sample_is_in_two(tmp_path):
     assert share["test"] == pytest.approx(0.25, abs=0.04)
     again = splits(Pairs(write(tmp_path, rows[::-1], "q.jsonl")))
     assert {name: set(as_texts(samples.inputs)) for name, samples in again.items()} == texts
+
+
+def test_what_is_empty_binds_nothing_together(tmp_path):
+    good = [pair(f"{row} a", f"{row} b", row % 2) for row in range(100)]
+    alone = splits(Pairs(write(tmp_path, good)))
+    beside = splits(Pairs(write(tmp_path, good + [pair(f"{row} c", "", 1) for row in range(200)], "q.jsonl")))
+    assert {name: shown(samples) for name, samples in alone.items()} == {name: shown(samples) for name, samples in beside.items()}
+
+
+def test_one_long_text_takes_no_memory_of_the_others(tmp_path):
+    rows = [{**pair(f"{row}", f"{row} b", row % 2), "split": ("train", "val", "test")[row % 3]} for row in range(300)]
+    rows[0]["left"] = "long" * 100_000
+    tracemalloc.start()
+    Pairs(write(tmp_path, rows)).split("train")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
 
 
 def test_what_is_wrong_is_told_and_only_what_cannot_be_read_is_left_out(tmp_path):
@@ -136,6 +153,7 @@ def test_a_subset_keeps_the_pairs_whose_samples_it_has(tmp_path):
         ([pair("a", "b", 1)], {"holds": "sounds"}, "holds=sounds must be texts or images"),
         ([pair("a", "b", 1), pair("b", "c", 0)], {}, "cannot be shared out so that no sample is in two splits, give it a column split"),
         ([pair("a", "b", 1, split="trian")], {}, "p.jsonl, row 1: split is 'trian'"),
+        ([pair("a", "b", 1, split="train"), pair("a", "c", 1)], {}, "p.jsonl, row 2 names no split, but other rows do"),
     ],
 )
 def test_bad_input_is_named(tmp_path, rows, arguments, said):
@@ -158,6 +176,7 @@ def test_a_record_is_its_values_in_their_order():
     assert record(text) == "sony camera | 9.99"
     assert record("COL name VAL a VAL b COL price VAL 1") == "a VAL b | 1"
     assert record("COL name VAL colonel COLT") == "colonel COLT"
+    assert record("COL title VAL use COL blue COL price VAL 3") == "use COL blue | 3"
 
 
 def test_abt_buy_has_its_published_counts():

@@ -416,3 +416,10 @@ def test_lightning_says_which_epoch_it_is(sampling):
             expected = [fresh.dataset[rows].inputs.flatten().tolist() for rows in torch.arange(26).split(8)]
         assert module.seen[epoch] == expected
     assert len({str(batches) for batches in module.seen.values()}) == 3
+
+
+def test_a_batch_has_no_more_classes_than_there_are_and_the_log_says_so(caplog):
+    labels = torch.arange(5).repeat(4)
+    loader = balanced(Samples(torch.zeros(20, 1), labels, list("abcde"), [str(row) for row in range(20)]), seed=0)
+    assert all(len(batch.labels.unique()) == 5 for batch in loader)
+    assert caplog.messages == ["sampling.classes=32, but there are 5 training classes: batches have these 5"]

@@ -81,6 +81,13 @@ def test_bad_input_is_named(tmp_path, arguments, said):
         Texts(write(tmp_path, rows()), **arguments).split("train")
 
 
+def test_half_a_letter_and_a_long_field_are_read(tmp_path):
+    (tmp_path / "h.jsonl").write_text("".join(f'{{"text": "hi \\ud83d {row}", "label": {row // 3}}}\n' for row in range(24)))
+    assert as_texts(Texts(tmp_path / "h.jsonl").split("train").inputs)[0].startswith("hi ?")
+    (tmp_path / "l.csv").write_text("text,label\n" + "".join(f"{'x' * 200_000},{row // 3}\n" for row in range(24)))
+    assert Texts(tmp_path / "l.csv").split("train").inputs.shape[1] == 1024
+
+
 def test_a_split_that_is_none_is_named(tmp_path):
     with pytest.raises(ValueError, match="no split 'trian'"):
         Texts(write(tmp_path, rows())).split("trian")

@@ -99,7 +99,8 @@ def guard(training: Samples, splits: dict[str, Samples], directory: Path, mode: 
             lines.append((name, training.ids[left], samples.ids[right], classes[0], classes[1], f"{alike:.4f}"))
             if training.kind == "texts":
                 lines[-1] += (*as_texts(training.inputs[left : left + 1]), *as_texts(samples.inputs[right : right + 1]))
-            pictures.append((training.inputs[left], samples.inputs[right], alike, name))
+            else:
+                pictures.append((training.inputs[left], samples.inputs[right], alike, name))
     header = ("split", "training_sample", "sample", "training_class", "class", "alike")
     header += ("training_text", "text") if training.kind == "texts" else ()
     _write_csv(directory / "leakage.csv", header, lines)

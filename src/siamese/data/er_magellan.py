@@ -22,6 +22,8 @@ class ErMagellan(Pairs):
         ValueError: a line is broken.
     """
 
+    serious = False  # some of the published lists contradict themselves, and are judged as they are
+
     def __init__(self, path: str | Path, max_bytes: int = 1024):
         super().__init__(path, "texts", max_bytes)
 
@@ -31,8 +33,8 @@ class ErMagellan(Pairs):
             file = self.path / name
             if not file.is_file():
                 raise FileNotFoundError(f"{file} is missing: a data set of ER-Magellan has {', '.join(_FILES.values())}")
-            for row, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-                parts = line.rstrip("\n").split("\t")
+            for row, line in enumerate(file.read_text(encoding="utf-8").removesuffix("\n").split("\n"), 1):
+                parts = line.split("\t")
                 if len(parts) != 3 or not all(part.lstrip().startswith("COL ") for part in parts[:2]):
                     raise ValueError(f"{file}, row {row}: it must be COL name VAL ... TAB COL name VAL ... TAB 0 or 1")
                 said = {"same": parts[2].strip(), "split": split, "kind": "", "where": f"{name}, row {row}"}
@@ -42,5 +44,5 @@ class ErMagellan(Pairs):
 
 def record(text: str) -> str:
     """`COL title VAL a camera COL price VAL 9` -> `a camera | 9`; values that are missing are left out."""
-    values = [part.partition(" VAL")[2].strip() for part in re.split(r"(?:^|\s)COL\s", text)]
+    values = [part.partition(" VAL")[2].strip() for part in re.split(r"(?:^|\s)COL(?=\s\S+\sVAL)", text)]
     return " | ".join(value for value in values if value)

@@ -61,14 +61,19 @@ def duplicates(left: Tensor, right: Tensor | None = None) -> Duplicates:
 
 
 def equal(left: Tensor, right: Tensor | None = None) -> np.ndarray:
-    """int64 [P, 2]: for each of `right` the first of `left` that has the same bytes; without it, within `left`, later ones second."""
-    first: dict[bytes, int] = {}
-    found = []
+    """int64 [P, 2], rows of the same bytes: those of `right` with the first such of `left`, and the others of `left` with the first such
+    of `right`; without it, within `left`, the first with the others."""
+    rows: dict[bytes, list[int]] = {}
     for row, digest in enumerate(_digests(left)):
-        if (earlier := first.setdefault(digest, row)) != row and right is None:
-            found.append((earlier, row))
-    if right is not None:
-        found = [(first[digest], row) for row, digest in enumerate(_digests(right)) if digest in first]
+        rows.setdefault(digest, []).append(row)
+    if right is None:
+        found = [(first, row) for first, *others in rows.values() for row in others]
+        return np.array(sorted(found, key=lambda pair: pair[1]), dtype=np.int64).reshape(-1, 2)
+    found = []
+    for row, digest in enumerate(_digests(right)):
+        if digest in rows:
+            found += [(other, row) for other in rows[digest]]
+            rows[digest] = rows[digest][:1]
     return np.array(found, dtype=np.int64).reshape(-1, 2)
 
 

@@ -3,6 +3,7 @@
 import csv
 import difflib
 import hashlib
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -43,6 +44,8 @@ def rows(path: str | Path, needed: tuple[str, ...], also: tuple[str, ...] = ()) 
         OSError: the file cannot be read.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, here a table is needed: a file whose name ends in .csv, .tsv, .jsonl or .parquet")
     kinds = {".csv": _delimited, ".tsv": _delimited, ".jsonl": _objects, ".parquet": _parquet}
     if path.suffix.lower() not in kinds:
         raise ValueError(f"{path} is no table: its name must end in {', '.join(kinds)}")
@@ -50,18 +53,24 @@ def rows(path: str | Path, needed: tuple[str, ...], also: tuple[str, ...] = ()) 
     for row, entries in kinds[path.suffix.lower()](path):
         if missing := [name for name in needed if name not in entries]:
             raise ValueError(f"{path} has no column {missing[0]!r}: it has {', '.join(map(repr, entries)) or 'none'}")
-        entries = {str(name): "" if value is None else str(value).strip() for name, value in entries.items()}
-        if empty := [name for name in needed if not entries[name]]:
-            raise ValueError(f"{path}, row {row}: {empty[0]} is empty")
+        if odd := [name for name, value in entries.items() if isinstance(value, (list, dict))]:
+            raise ValueError(f"{path}, row {row}: {odd[0]} is a list or an object, it must be a text or a number")
+        # A lone half of a surrogate pair, which JSON can write, is no text.
+        entries = {str(n): "" if v is None else str(v).encode("utf-8", "replace").decode().strip() for n, v in entries.items()}
+        if empty := [name for name in needed if entries[name].lower() in ("", "nan")]:  # nan is how pandas writes that there is none
+            raise ValueError(f"{path}, row {row}: {empty[0]} is {entries[empty[0]] or 'empty'}: fill it, or delete the row")
         others |= dict.fromkeys(name for name in entries if name not in needed + also)
         found.append((row, dict.fromkeys(also, "") | entries))
     if not found:
         raise ValueError(f"{path} has no rows")
+    if wrong := [name for name in others if name.lower() in needed + also]:
+        raise ValueError(f"{path} has a column {wrong[0]!r}: write {wrong[0].lower()!r}, in small letters")
     return found, list(others)
 
 
 def _delimited(path: Path) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
+    csv.field_size_limit(2**31 - 1)  # a whole text may stand in a field
+    with io.StringIO(_text(path), newline="") as file:
         reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
         try:
             header = [name.strip() for name in next(reader, [])]
@@ -73,18 +82,28 @@ def _delimited(path: Path) -> Iterator[tuple[int, dict]]:
                 if len(entries) != len(header):
                     raise ValueError(f"{path}, row {reader.line_num}: it has {len(entries)} entries, the header has {len(header)}")
                 yield reader.line_num, dict(zip(header, entries, strict=True))
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}, row {reader.line_num + 1}: {error}") from None
+        except csv.Error as error:
+            what = "a quotation mark is missing, here or above" if "end of data" in str(error) else error
+            raise ValueError(f"{path}, row {reader.line_num + 1}: {what}") from None
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, row {row}: the byte 0x{content[error.start]:02x} is no UTF-8: save the table as UTF-8") from None
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict]]:
-    with open(path, encoding="utf-8-sig") as file:
+    with io.StringIO(_text(path)) as file:
         for row, line in enumerate(file, 1):
             if line.strip():
                 try:
                     entries = json.loads(line)
                 except ValueError as error:
-                    raise ValueError(f"{path}, row {row}: {error}") from None
+                    raise ValueError(f"{path}, row {row} is no JSON ({error})") from None
                 if not isinstance(entries, dict):
                     raise ValueError(f'{path}, row {row}: it must be an object, as in {{"text": ..., "label": ...}}')
                 yield row, entries
@@ -213,5 +232,7 @@ def _drawn(left: list[list[str]], name: str, share: float, bound: list[list[str]
     if sum(map(len, found)) < 2:
         largest = max(map(len, left), default=0)
         why = f"groups bind {largest} of them together" if largest > wanted else "two are needed to tell one from another"
-        raise ValueError(f"{name}={share} of {total} classes gives it fewer than two, and {why}: raise the share, or name its classes")
+        raise ValueError(
+            f"{name}={share} of {total} classes gives it fewer than two, and {why}: raise the share, name its classes, or add some"
+        )
     return found

@@ -80,6 +80,14 @@ class SiameseData(L.LightningDataModule):
         samples = self.source.split(name)
         if not samples.labelled and samples.tuples is None:
             raise ValueError(f"the {name} split has no labels, by which it is judged: only the training split may be without")
+        if samples.tuples is None:
+            queries, gallery = (samples.labels[rows] for rows in samples.roles())
+            counts = gallery.unique(return_counts=True)[1]
+            alone = samples.gallery is None and len(counts) and int(counts.max()) < 2
+            if len(counts) < 2 or alone or not torch.isin(queries, gallery).any():
+                raise ValueError(f"the {name} split has {samples}: judging needs two classes, one of them with two samples")
+        if samples.tuples is not None and not (0 < int((same := samples.tuples.pairs().same).sum()) < len(same)):
+            raise ValueError(f"the {name} split lists {len(same)} pairs, all of one sort: judging needs pairs that are the same and others")
         return samples
 
     @property
@@ -107,7 +115,13 @@ class SiameseData(L.LightningDataModule):
         return self.loader(samples=self.train, seed=self.seed)
 
     def setup(self, stage: str | None = None) -> None:
-        """Make the training loader, so that what it refuses comes to light before the trainer starts."""
+        """Make the training loader, so that what it refuses comes to light before the trainer starts.
+
+        Raises:
+            ValueError: nothing is left to train on; what the loader refuses.
+        """
+        if not len(self.train):
+            raise ValueError("the training split has no samples")
         _ = self._training_loader
 
     def train_dataloader(self) -> DataLoader:
@@ -116,7 +130,7 @@ class SiameseData(L.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         """The validation samples that are watched, in order, to be embedded; where training brings its own tuples, fixed ones too.
 
-        These are drawn by the labels, in training's share of positives, whether training's are drawn or listed.
+        These are those that it lists, else drawn by the labels, in training's share of positives.
         """
         order = torch.arange(len(self.watched))
         loaders = [DataLoader(self.watched, sampler=list(order.split(_BATCH)), batch_size=None)]

@@ -9,7 +9,7 @@ from siamese.data.listing import SPLITS, Listed, rows, share_out, split_name
 from siamese.data.samples import Finding, Samples, Source, Tuples
 from siamese.data.texts import Texts
 
-_SAME = {"0": False, "1": True, "false": False, "true": True}
+_SAME = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
 class Pairs(Source):
@@ -36,6 +36,7 @@ class Pairs(Source):
     """
 
     columns = ("left", "right")
+    serious = True  # what is wrong with the list
 
     def __init__(
         self,
@@ -63,8 +64,7 @@ class Pairs(Source):
         """Each pair's entries by column: `self.columns`, `same` of pairs, `split`, `kind`, and `where`, the file and row."""
         needed = (*self.columns, *(("same",) if len(self.columns) == 2 else ()))
         found, others = rows(self.path, (), (*needed, "split", "kind"))
-        header = set().union(*(entries for _, entries in found[:1]))
-        if missing := [name for name in needed if name not in header or not any(entries[name] for _, entries in found)]:
+        if missing := [name for name in needed if not any(entries[name] for _, entries in found)]:
             raise ValueError(f"{self.path} has no column {missing[0]!r}, or nothing in it: needed are {', '.join(needed)}")
         self._findings[""] = [Finding(False, "columns that are not used", others, f"used are {', '.join(needed)}, split and kind")]
         return [{**entries, "where": f"{self.path.name}, row {row}"} for row, entries in found]
@@ -87,19 +87,21 @@ class Pairs(Source):
     def _shared_out(self) -> dict[str, list[dict[str, str]]]:
         lines, listed = self.listed(), []
         for row, line in enumerate(lines):
-            split = split_name(line["split"], line["where"])
-            listed += [Listed(line[column], line[column], line["where"], split, str(row)) for column in self.columns]
+            line["split"] = split_name(line["split"], line["where"])
+            if all(line[column] for column in self.columns):
+                listed += [Listed(line[column], line[column], line["where"], line["split"], str(row)) for column in self.columns]
+        without = [sample.where for sample in listed if not sample.split]
+        if without and any(sample.split for sample in listed):  # placed by us, their samples would be in two splits
+            raise ValueError(f"{without[0]} names no split, but other rows do: fill its column split, or leave the whole column away")
         try:
             listed = share_out(listed, **self._shares)
         except ValueError as error:
             why = f"{self.path} cannot be shared out so that no sample is in two splits, give it a column split"
             raise ValueError(f"{why}: {error}") from None
         lists: dict[str, list[dict[str, str]]] = {name: [] for name in SPLITS}
-        for line, first in zip(lines, listed[:: len(self.columns)], strict=True):
-            lists[first.split].append(line)
-        for name, lines in lists.items():
-            if not lines:
-                raise ValueError(f"{self.path} lists nothing for {name}: give its column split the words train, val and test")
+        placed = {sample.group: sample.split for sample in listed}
+        for row, line in enumerate(lines):
+            lists[placed.get(str(row), line["split"] or "train")].append(line)
         return lists
 
     def _read(self, name: str) -> Samples:
@@ -125,17 +127,23 @@ class Pairs(Source):
         for line, items, _ in kept:
             for column, item in zip(self.columns, items, strict=True):
                 first.setdefault(item, f"{line['where']}, {column}")
-        samples, findings = self.reader.read([Listed(item, item, where) for item, where in first.items()], name)
+        items_of = list(first)
+        samples, findings = self.reader.read([Listed(item, str(n), where) for n, (item, where) in enumerate(first.items())], name)
         what = "pairs" if pairs else "triplets"
-        place = {samples.class_names[label]: row for row, label in enumerate(samples.labels.tolist())}
+        place = {items_of[int(samples.class_names[label])]: row for row, label in enumerate(samples.labels.tolist())}
         read = [(line, items, same) for line, items, same in kept if all(item in place for item in items)]
         self._findings[name] = [
-            Finding(True, f"{what} of {name} that are called the same and different", [*contradicting.values()], "keep one of them"),
+            Finding(
+                self.serious, f"{what} of {name} that are called the same and different", [*contradicting.values()], "keep one of them"
+            ),
             Finding(True, f"{what} of {name} in which something is empty", empty, "fill or delete the rows"),
             *findings,
             Finding(False, f"{what} of {name} in which one sample stands twice", alone, "delete the rows, they teach nothing"),
             Finding(False, f"{what} of {name} that are listed more than once", again, "list each once"),
         ]
+        if not read:
+            told = [f"{f.what}: {len(f.where)}, such as {f.where[0]}" for f in self._findings[name] if f.where]
+            raise ValueError(f"{self.path} lists no {what} for {name} that can be used" + (f" ({'; '.join(told)})" if told else ""))
         kinds = [line["kind"] for line, _, _ in read]
         tuples = Tuples(
             torch.tensor([[place[item] for item in items] for _, items, _ in read], dtype=torch.int64).view(-1, len(self.columns)),
@@ -148,7 +156,7 @@ class Pairs(Source):
     def _in_both(self, one: str, other: str) -> Finding:
         keys = {tuple(sorted(line[column] for column in self.columns)): line["where"] for line in self._lists[one]}
         both = [keys[key] for line in self._lists[other] if (key := tuple(sorted(line[c] for c in self.columns))) in keys]
-        return Finding(True, f"rows of {one} that {other} lists too", both, "keep each in one split: what was trained on is known")
+        return Finding(self.serious, f"rows of {one} that {other} lists too", both, "keep each in one split: what was trained on is known")
 
 
 class Triplets(Pairs):

@@ -30,6 +30,9 @@ def balanced(samples: Samples, seed: int, classes: int = 32, samples_per_class: 
         kind = "pairs" if listed and samples.tuples.same is not None else "triplets"
         remedy = f"Say sampling={kind}, and a loss of {kind}" if listed else _WITHOUT_LABELS
         raise ValueError(f"{samples}: sampling=balanced goes by labels. {remedy}")
+    if classes > (there := len(samples.labels.unique())) > 1:
+        log.warning("sampling.classes=%d, but there are %d training classes: batches have these %d", classes, there, there)
+        classes = there
     sampler = BalancedBatchSampler(samples.labels, classes, samples_per_class, seed)
     return DataLoader(samples, sampler=sampler, batch_size=None)
 

@@ -77,7 +77,7 @@ def near_texts(left: Tensor, right: Tensor | None = None) -> np.ndarray:
 
     Two texts are alike when, normalised, they are equal; or but for one word replaced or left out, both having at least 5; or but for
     typing mistakes, one in 8 characters and at most 2, in texts of at most 150; or when the Jaccard similarity of their shingles is at
-    least 0.82. An empty text is like none.
+    least 0.82. An empty text is like none. Of a text that stands in several rows each is paired with the first of the other side alone.
 
     Args:
         left, right: uint8 [N, L], UTF-8 padded with zeros.
@@ -267,15 +267,17 @@ def _edits(texts: _Texts, left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _rows(found: np.ndarray, left: np.ndarray, right: np.ndarray, within: bool) -> np.ndarray:
-    """Pairs of texts to pairs of the rows that hold them."""
+    """Pairs of texts to pairs of the rows that hold them: all of `right` with the first of `left`, the others with the first of `right`."""
     orders, pairs = [side.argsort(kind="stable") for side in (left, right)], found[:, :2].astype(np.int64)
     first, last = (
         np.column_stack([np.searchsorted(side[order], text, end) for side, order, text in zip((left, right), orders, pairs.T, strict=True)])
         for end in ("left", "right")
     )
-    count = (last - first).prod(1)
+    count = (last - first).sum(1) - 1
     pair = np.repeat(np.arange(len(found)), count)
-    turn = np.divmod(np.arange(len(pair)) - np.repeat(count.cumsum() - count, count), (last - first)[pair, 1])
+    turn = np.arange(len(pair)) - np.repeat(count.cumsum() - count, count)
+    many = (last - first)[pair, 1]
+    turn = np.maximum(turn - many + 1, 0), np.where(turn < many, turn, 0)
     rows = np.column_stack([order[first[pair, side] + turn[side]] for side, order in enumerate(orders)])
     alike = np.minimum(found[pair, 2], 0.9999)  # 1 says that the bytes are equal
     if within:

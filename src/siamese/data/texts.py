@@ -61,16 +61,17 @@ class Texts(Source):
 
     def listed(self) -> list[Listed]:
         """All texts, those that name no split too."""
-        found, others = rows(self.path, (self.label,))
+        found, others = rows(self.path, (self.label,), ("split", "group"))
         if self.text not in others:
-            raise ValueError(f"{self.path} has no column {self.text!r}: it has {', '.join(map(repr, [self.label, *others]))}")
-        unused = [name for name in others if name not in (self.text, "split", "group")]
+            there = ", ".join(map(repr, [self.label, *others]))
+            raise ValueError(f"{self.path} has no column {self.text!r}: it has {there}. Another name is given by dataset.text=")
+        unused = [name for name in others if name != self.text]
         self._findings[""] = [Finding(False, "columns that are not used", unused, f"used are {self.text}, {self.label}, split and group")]
         listed = []
         for row, entries in found:
             where = f"{self.path.name}, row {row}"
-            split = split_name(entries.get("split", ""), where)
-            listed.append(Listed(entries.get(self.text, ""), entries[self.label], where, split, entries.get("group", "")))
+            split = split_name(entries["split"], where)
+            listed.append(Listed(entries.get(self.text, ""), entries[self.label], where, split, entries["group"]))
         return listed
 
     def split(self, name: str) -> Samples:
