@@ -27,7 +27,7 @@ class ErMagellan(Pairs):
     def __init__(self, path: str | Path, max_bytes: int = 1024):
         super().__init__(path, "texts", max_bytes)
 
-    def listed(self) -> list[dict[str, str]]:
+    def lines(self) -> list[dict[str, str]]:
         lines = []
         for split, name in _FILES.items():
             file = self.path / name

@@ -13,15 +13,15 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
 
-from siamese.data.listing import SPLITS, Listed, check_roles, role_name, rows, share_out, split_name
-from siamese.data.samples import Finding, Samples, Source
+from siamese.data.listing import Listed, ListedSource, role_name, rows, split_name
+from siamese.data.samples import Finding, Samples
 
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FITS = ("pad", "crop", "stretch")
 _CHUNK = 1024
 
 
-class Images(Source):
+class Images(ListedSource):
     """Images as uint8 [channels, size, size], each decoded once and kept in a file that is mapped into memory.
 
     A folder: an image's class is the folder that it lies in, `cats/1.jpg`. Are the first folders called train, val and test, they
@@ -58,35 +58,14 @@ class Images(Source):
     ):
         if size < 1 or channels not in (1, 3) or fit not in FITS:
             raise ValueError(f"size={size} must be above 0, channels={channels} 1 or 3, fit={fit} one of {', '.join(FITS)}")
+        super().__init__(val, test, split_seed)
         self.path, self.size, self.channels, self.fit, self.cache = Path(path), size, channels, fit, cache
-        self._listed: list[Listed] | None = None
-        self._shares = {"val": val, "test": test, "seed": split_seed}
-        self._splits: dict[str, Samples] = {}
-        self._findings: dict[str, list[Finding]] = {}
 
     def listed(self) -> list[Listed]:
-        """All images, by their path in the folder `path`, or beside the table; those that name no split too."""
         listed, self._findings[""] = _from_folder(self.path) if self.path.is_dir() else _from_table(self.path)
         return listed
 
-    def split(self, name: str) -> Samples:
-        """Decoded at the first call, the same object afterwards."""
-        if name not in SPLITS:
-            raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
-        if name not in self._splits:
-            if self._listed is None:
-                listed = share_out(self.listed(), **self._shares)
-                check_roles(listed)
-                self._listed = listed
-            mine = [sample for sample in self._listed if sample.split == name]
-            self._splits[name], self._findings[name] = self.read(mine, name)
-        return self._splits[name]
-
-    def findings(self) -> list[Finding]:
-        return [finding for found in self._findings.values() for finding in found]
-
     def read(self, listed: list[Listed], name: str) -> tuple[Samples, list[Finding]]:
-        """These images as samples, but for those that cannot be read, and what is to be told of them; `name` is that of the split."""
         folder = Path(os.environ.get("SIAMESE_DATA_DIR", "data"), "cache") if self.cache else None
         pixels, failed, small = _decoded([self._file(sample) for sample in listed], self.size, self.channels, self.fit, folder, name)
         kept = [sample for place, sample in enumerate(listed) if str(place) not in failed]

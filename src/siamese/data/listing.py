@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from siamese.data.samples import Finding, Samples, Source
+
 SPLITS = ("train", "val", "test")
 ROLES = ("query", "gallery")
 _ALSO_CALLED = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
@@ -29,6 +31,53 @@ class Listed:
     split: str = ""
     group: str = ""
     role: str = ""
+
+
+class ListedSource(Source):
+    """A source that lists all there is, shares it out to the splits once, and reads a split when it is first asked for.
+
+    Args:
+        val, test: a share of the classes, or a list of them, for a split that nothing listed names.
+        split_seed: another one shares the classes out in another way.
+    """
+
+    def __init__(self, val: float | list[str], test: float | list[str], split_seed: int = 0):
+        self._shares = {"val": val, "test": test, "seed": split_seed}
+        self._listed: list[Listed] | None = None
+        self._splits: dict[str, Samples] = {}
+        self._findings: dict[str, list[Finding]] = {}
+
+    def listed(self) -> list[Listed]:
+        """All samples, those that name no split too. What is to be told of them goes to `self._findings[""]`."""
+        raise NotImplementedError
+
+    def read(self, listed: list[Listed], name: str) -> tuple[Samples, list[Finding]]:
+        """The samples of one split, but for those that cannot be read, and what is to be told of them."""
+        raise NotImplementedError
+
+    def shared_out(self) -> list[Listed]:
+        """All samples, each with its split."""
+        if self._listed is None:
+            listed = share_out(self.listed(), **self._shares)
+            check_roles(listed)
+            self._listed = listed
+        return self._listed
+
+    def split(self, name: str) -> Samples:
+        """Read at the first call, the same object afterwards.
+
+        Raises:
+            ValueError: there is no such split; what listing and reading raise.
+        """
+        if name not in SPLITS:
+            raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
+        if name not in self._splits:
+            mine = [sample for sample in self.shared_out() if sample.split == name]
+            self._splits[name], self._findings[name] = self.read(mine, name)
+        return self._splits[name]
+
+    def findings(self) -> list[Finding]:
+        return [finding for found in self._findings.values() for finding in found]
 
 
 def rows(path: str | Path, needed: tuple[str, ...], also: tuple[str, ...] = ()) -> tuple[list[tuple[int, dict[str, str]]], list[str]]:

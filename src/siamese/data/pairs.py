@@ -5,14 +5,14 @@ from pathlib import Path
 import torch
 
 from siamese.data.images import Images
-from siamese.data.listing import SPLITS, Listed, rows, share_out, split_name
-from siamese.data.samples import Finding, Samples, Source, Tuples
+from siamese.data.listing import Listed, ListedSource, rows, share_out, split_name
+from siamese.data.samples import Finding, Samples, Tuples
 from siamese.data.texts import Texts
 
 _SAME = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
-class Pairs(Source):
+class Pairs(ListedSource):
     """Samples that a table lists in pairs; they have no labels, `Samples.tuples` says which pairs are the same.
 
     A table (.csv, .tsv, .jsonl, .parquet) has the columns `left` and `right`, `same` (0, 1, false, true) and, if wanted, `split` (train,
@@ -53,14 +53,11 @@ class Pairs(Source):
     ):
         if holds not in ("texts", "images"):
             raise ValueError(f"holds={holds} must be texts or images")
+        super().__init__(val, test, split_seed)
         self.path = Path(path)
         self.reader = Texts(path, max_bytes=max_bytes) if holds == "texts" else Images(path, size, channels, fit, cache=cache)
-        self._shares = {"val": val, "test": test, "seed": split_seed}
-        self._splits: dict[str, Samples] = {}
-        self._findings: dict[str, list[Finding]] = {}
-        self._lists: dict[str, list[dict[str, str]]] | None = None
 
-    def listed(self) -> list[dict[str, str]]:
+    def lines(self) -> list[dict[str, str]]:
         """Each pair's entries by column: `self.columns`, `same` of pairs, `split`, `kind`, and `where`, the file and row."""
         needed = (*self.columns, *(("same",) if len(self.columns) == 2 else ()))
         found, others = rows(self.path, (), (*needed, "split", "kind"))
@@ -69,24 +66,10 @@ class Pairs(Source):
         self._findings[""] = [Finding(False, "columns that are not used", others, f"used are {', '.join(needed)}, split and kind")]
         return [{**entries, "where": f"{self.path.name}, row {row}"} for row, entries in found]
 
-    def split(self, name: str) -> Samples:
-        """Read at the first call, the same object afterwards."""
-        if name not in SPLITS:
-            raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
-        if self._lists is None:
-            self._lists = self._shared_out()
-        if name not in self._splits:
-            self._splits[name] = self._read(name)
-            for other in self._splits.keys() - {name}:
-                self._findings[f"{name} {other}"] = [self._in_both(name, other)]
-        return self._splits[name]
-
-    def findings(self) -> list[Finding]:
-        return [finding for found in self._findings.values() for finding in found]
-
-    def _shared_out(self) -> dict[str, list[dict[str, str]]]:
-        lines, listed = self.listed(), []
-        for row, line in enumerate(lines):
+    def listed(self) -> list[Listed]:
+        """The samples of all pairs, each bound to those that it is paired with."""
+        self._lines, listed = self.lines(), []
+        for row, line in enumerate(self._lines):
             line["split"] = split_name(line["split"], line["where"])
             if all(line[column] for column in self.columns):
                 listed += [Listed(line[column], line[column], line["where"], line["split"], str(row)) for column in self.columns]
@@ -94,20 +77,35 @@ class Pairs(Source):
         if without and any(sample.split for sample in listed):  # placed by us, their samples would be in two splits
             raise ValueError(f"{without[0]} names no split, but other rows do: fill its column split, or leave the whole column away")
         try:
-            listed = share_out(listed, **self._shares)
+            return share_out(listed, **self._shares)
         except ValueError as error:
             why = f"{self.path} cannot be shared out so that no sample is in two splits, give it a column split"
             raise ValueError(f"{why}: {error}") from None
-        lists: dict[str, list[dict[str, str]]] = {name: [] for name in SPLITS}
-        placed = {sample.group: sample.split for sample in listed}
-        for row, line in enumerate(lines):
-            lists[placed.get(str(row), line["split"] or "train")].append(line)
-        return lists
 
-    def _read(self, name: str) -> Samples:
+    def shared_out(self) -> list[Listed]:
+        """The pairs, by their place among the lines, each with the split of its samples."""
+        if self._listed is None:
+            placed = {sample.group: sample.split for sample in self.listed()}
+            splits = [placed.get(str(row), line["split"] or "train") for row, line in enumerate(self._lines)]
+            self._listed = [
+                Listed(str(row), "", line["where"], split) for row, (line, split) in enumerate(zip(self._lines, splits, strict=True))
+            ]
+        return self._listed
+
+    def split(self, name: str) -> Samples:
+        others = [other for other in self._splits if name not in self._splits]
+        samples = super().split(name)
+        for other in others:
+            self._findings[f"{name} {other}"] = [self._in_both(name, other)]
+        return samples
+
+    def _lines_of(self, name: str) -> list[dict[str, str]]:
+        return [self._lines[int(pair.what)] for pair in self.shared_out() if pair.split == name]
+
+    def read(self, listed: list[Listed], name: str) -> tuple[Samples, list[Finding]]:
         empty, alone, again, contradicting, kept, pairs = [], [], [], {}, [], len(self.columns) == 2
         seen: dict[tuple, tuple[str, bool]] = {}
-        for line in self._lists[name]:
+        for line in (self._lines[int(pair.what)] for pair in listed):
             if pairs and line["same"].lower() not in _SAME:
                 raise ValueError(f"{line['where']}: same is {line['same']!r}, it must be 0, 1, false or true")
             items, same = [line[column] for column in self.columns], pairs and _SAME[line["same"].lower()]
@@ -132,7 +130,7 @@ class Pairs(Source):
         what = "pairs" if pairs else "triplets"
         place = {items_of[int(samples.class_names[label])]: row for row, label in enumerate(samples.labels.tolist())}
         read = [(line, items, same) for line, items, same in kept if all(item in place for item in items)]
-        self._findings[name] = [
+        findings = [
             Finding(
                 self.serious, f"{what} of {name} that are called the same and different", [*contradicting.values()], "keep one of them"
             ),
@@ -142,7 +140,7 @@ class Pairs(Source):
             Finding(False, f"{what} of {name} that are listed more than once", again, "list each once"),
         ]
         if not read:
-            told = [f"{f.what}: {len(f.where)}, such as {f.where[0]}" for f in self._findings[name] if f.where]
+            told = [f"{f.what}: {len(f.where)}, such as {f.where[0]}" for f in findings if f.where]
             raise ValueError(f"{self.path} lists no {what} for {name} that can be used" + (f" ({'; '.join(told)})" if told else ""))
         kinds = [line["kind"] for line, _, _ in read]
         tuples = Tuples(
@@ -151,11 +149,11 @@ class Pairs(Source):
             [line["where"] for line, _, _ in read],
             kinds if any(kinds) else None,
         )
-        return Samples(samples.inputs, None, [], samples.ids, tuples=tuples)
+        return Samples(samples.inputs, None, [], samples.ids, tuples=tuples), findings
 
     def _in_both(self, one: str, other: str) -> Finding:
-        keys = {tuple(sorted(line[column] for column in self.columns)): line["where"] for line in self._lists[one]}
-        both = [keys[key] for line in self._lists[other] if (key := tuple(sorted(line[c] for c in self.columns))) in keys]
+        keys = {tuple(sorted(line[column] for column in self.columns)): line["where"] for line in self._lines_of(one)}
+        both = [keys[key] for line in self._lines_of(other) if (key := tuple(sorted(line[c] for c in self.columns))) in keys]
         return Finding(self.serious, f"rows of {one} that {other} lists too", both, "keep each in one split: what was trained on is known")
 
 

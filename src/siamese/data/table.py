@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siamese.data.listing import SPLITS, Listed, rows, share_out, split_name
-from siamese.data.samples import Finding, Samples, Source
+from siamese.data.listing import Listed, ListedSource, rows, split_name
+from siamese.data.samples import Finding, Samples
 
 _CATEGORIES = 1000
 _EMPTY = ("", "na", "n/a", "nan", "null", "none")  # in a column of numbers, in any case
 
 
-class Table(Source):
+class Table(ListedSource):
     """Rows as float32 [columns]: a number as it is, a category as a one among zeros.
 
     A table (.csv, .tsv, .jsonl, .parquet) has a column `label` and, if wanted, `split` (train, val, test) and `group`: what must stay
@@ -47,25 +47,14 @@ class Table(Source):
         test: float | list[str] = 0.25,
         split_seed: int = 0,
     ):
+        super().__init__(val, test, split_seed)
         self.path, self.label, self.ignore, self.categories = Path(path), label, tuple(ignore), tuple(categories)
-        self._shares = {"val": val, "test": test, "seed": split_seed}
-        self._listed: list[Listed] | None = None
-        self._findings: dict[str, list[Finding]] = {}
 
-    def split(self, name: str) -> Samples:
-        if name not in SPLITS:
-            raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
-        if self._listed is None:
-            self._read()
-        places = [place for place, sample in enumerate(self._listed) if sample.split == name]
-        mine = [self._listed[place] for place in places]
-        names, labels = np.unique([sample.label for sample in mine], return_inverse=True)
-        entries = [self._rows[place] for place in places]
-        self._findings[name] = list(self._found(name, mine, entries))
-        return Samples(self.features(entries), torch.from_numpy(labels), names.tolist(), [sample.where for sample in mine])
-
-    def findings(self) -> list[Finding]:
-        return [finding for found in self._findings.values() for finding in found]
+    def read(self, listed: list[Listed], name: str) -> tuple[Samples, list[Finding]]:
+        names, labels = np.unique([sample.label for sample in listed], return_inverse=True)
+        entries = [self._rows[sample.what] for sample in listed]
+        samples = Samples(self.features(entries), torch.from_numpy(labels), names.tolist(), [sample.where for sample in listed])
+        return samples, list(self._found(name, listed, entries))
 
     def _found(self, split: str, mine: list[Listed], entries: list[dict[str, str]]) -> Iterator[Finding]:
         holes, unknown = [], []
@@ -85,8 +74,7 @@ class Table(Source):
         Raises:
             ValueError: an entry of a column of numbers is none.
         """
-        if self._listed is None:
-            self._read()
+        self.shared_out()
         columns = []
         for name, known in self.columns.items():
             texts = ["" if row.get(name) is None else str(row[name]).strip() for row in entries]
@@ -98,9 +86,9 @@ class Table(Source):
                 columns.append(torch.eye(len(known) + 1)[found][:, :-1])
         return torch.cat(columns, 1)
 
-    def _read(self) -> None:
+    def listed(self) -> list[Listed]:
         found, others = rows(self.path, (self.label,))
-        names = [self.label, *others]
+        self._names = names = [self.label, *others]
         if missing := [name for name in (*self.ignore, *self.categories) if name not in names]:
             raise ValueError(f"{self.path} has no column {missing[0]!r}: it has {', '.join(map(repr, names))}")
         listed = []
@@ -108,21 +96,28 @@ class Table(Source):
             where = f"{self.path.name}, row {row}"
             split = split_name(entries.get("split", ""), where)
             listed.append(Listed(str(row), entries[self.label], where, split, entries.get("group", "")))
-        self._rows = [entries for _, entries in found]
-        self._listed = share_out(listed, **self._shares)
-        training = [place for place, sample in enumerate(self._listed) if sample.split == "train"]
+        self._rows = {str(row): entries for row, entries in found}
+        return listed
+
+    def shared_out(self) -> list[Listed]:
+        if self._listed is None:
+            self._learn([sample for sample in super().shared_out() if sample.split == "train"])
+        return self._listed
+
+    def _learn(self, training: list[Listed]) -> None:
+        """What each column is, and what stands for an empty entry, from training alone."""
         self.columns: dict[str, float | list[str]] = {}
         alone = []
-        for name in (name for name in names if name not in (self.label, "split", "group", *self.ignore)):
-            texts = [self._rows[place].get(name, "") for place in training]
+        for name in (name for name in self._names if name not in (self.label, "split", "group", *self.ignore)):
+            texts = [self._rows[sample.what].get(name, "") for sample in training]
             values = {text for text in texts if text}
             if len(values) < 2:
                 alone.append(name)
                 continue
             known = [text for text in texts if text.lower() not in _EMPTY]
-            odd = [place for place in training if not _is_number(text := self._rows[place].get(name, "")) and text.lower() not in _EMPTY]
+            odd = [row for row, text in enumerate(texts) if not _is_number(text) and text.lower() not in _EMPTY]
             if name not in self.categories and 0 < len(odd) <= len(known) / 10:
-                where, text = self._listed[odd[0]].where, self._rows[odd[0]][name]
+                where, text = training[odd[0]].where, texts[odd[0]]
                 raise ValueError(f"{where}: {name} is {text!r} among numbers: mend it, or say dataset.categories=[{name}]")
             if name not in self.categories and known and all(map(_is_number, known)):
                 self.columns[name] = math.fsum(map(float, known)) / len(known)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from siamese.data.listing import SPLITS, Listed, rows, share_out, split_name
-from siamese.data.samples import Finding, Samples, Source
+from siamese.data.listing import Listed, ListedSource, rows, split_name
+from siamese.data.samples import Finding, Samples
 
 
 def as_bytes(texts: list[str], most: int | None = None) -> Tensor:
@@ -24,7 +24,7 @@ def as_texts(inputs: Tensor) -> list[str]:
     return [row.tobytes().rstrip(b"\0").decode("utf-8", "ignore") for row in inputs.cpu().numpy()]
 
 
-class Texts(Source):
+class Texts(ListedSource):
     """Texts as uint8 [L], see `as_bytes`, so that whatever holds tensors holds texts; encoders cut them into tokens themselves.
 
     A table (.csv, .tsv, .jsonl, .parquet) has a column of texts, one of labels and, if wanted, `split` (train, val, test) and `group`:
@@ -54,13 +54,10 @@ class Texts(Source):
     ):
         if max_bytes < 4:
             raise ValueError(f"max_bytes={max_bytes} must be at least 4, which one letter may take")
+        super().__init__(val, test, split_seed)
         self.path, self.text, self.label, self.max_bytes = Path(path), text, label, max_bytes
-        self._shares = {"val": val, "test": test, "seed": split_seed}
-        self._listed: list[Listed] | None = None
-        self._findings: dict[str, list[Finding]] = {}
 
     def listed(self) -> list[Listed]:
-        """All texts, those that name no split too."""
         found, others = rows(self.path, (self.label,), ("split", "group"))
         if self.text not in others:
             there = ", ".join(map(repr, [self.label, *others]))
@@ -74,16 +71,7 @@ class Texts(Source):
             listed.append(Listed(entries.get(self.text, ""), entries[self.label], where, split, entries["group"]))
         return listed
 
-    def split(self, name: str) -> Samples:
-        if name not in SPLITS:
-            raise ValueError(f"there is no split {name!r}: choose one of {', '.join(SPLITS)}")
-        if self._listed is None:
-            self._listed = share_out(self.listed(), **self._shares)
-        samples, self._findings[name] = self.read([sample for sample in self._listed if sample.split == name], name)
-        return samples
-
     def read(self, listed: list[Listed], name: str) -> tuple[Samples, list[Finding]]:
-        """These texts as samples, but for those that are empty, and what is to be told of them; `name` is that of the split."""
         kept = [sample for sample in listed if sample.what]
         long = [sample.where for sample in kept if len(sample.what.encode()) > self.max_bytes]
         findings = [
@@ -93,6 +81,3 @@ class Texts(Source):
         names, labels = np.unique([sample.label for sample in kept], return_inverse=True)
         inputs = as_bytes([sample.what for sample in kept], self.max_bytes)
         return Samples(inputs, torch.from_numpy(labels), names.tolist(), [sample.where for sample in kept]), findings
-
-    def findings(self) -> list[Finding]:
-        return [finding for found in self._findings.values() for finding in found]
