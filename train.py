@@ -199,6 +199,8 @@ def check_resumable(config: dict, parts: dict) -> None:
     Raises:
         FileNotFoundError, ValueError: in a sentence, what differs.
     """
+    import logging
+
     from siamese.bundle import load_checkpoint
 
     choices = config["choices"]
@@ -226,6 +228,8 @@ def check_resumable(config: dict, parts: dict) -> None:
     if ("ema" in saved["config"]["callbacks"]) != ("ema" in config["callbacks"]):
         state = "without" if "ema" in config["callbacks"] else "with"
         raise ValueError(f"{config['ckpt']} was trained {state} callbacks=ema: resume it {state}, or take its weights (init_from=)")
+    if 0 < config["trainer"]["max_epochs"] <= saved["epoch"] + 1:
+        logging.getLogger("train").info("%s has trained all of its epochs: nothing is left to train, it is judged again", config["ckpt"])
 
 
 def make_trainer(config: dict, provenance: dict, encoder):

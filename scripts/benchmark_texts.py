@@ -85,7 +85,7 @@ def measure(model: str | None, full: bool) -> list[dict]:
     source = build(config, "dataset")
     frozen = Bundle(**bundle_arguments(config, (), {"_target_": "siamese.bundle.Unchanged"}))
     accuracy, auc = ten_shot(frozen, source)
-    rows = [row("clinc150 frozen, 150 intents, 10-shot accuracy", accuracy, 0.85), row("clinc150 frozen, out-of-scope auc", auc, 0.85)]
+    rows = [row("clinc150 frozen, 150 intents, 10-shot accuracy", accuracy, 0.8), row("clinc150 frozen, out-of-scope auc", auc, 0.85)]
     tuned, figures = trained("dataset=clinc150", *text, f"trainer.max_epochs={3 if full else 1}")
     for prefix, name, target in (("raw", "raw", None), ("untrained", "frozen", None), ("test", "tuned on 80 others", 0.98)):
         rows.append(row(f"clinc150 {name}, 50 intents, recall_at_1", figures[f"{prefix}/recall_at_1"], target))

@@ -126,6 +126,14 @@ def test_a_finished_run_can_go_on_for_more_epochs(fit, straight, tmp_path):
     assert equal(checkpoint(tmp_path / "second")["state_dict"], checkpoint(straight("scheduler=none"))["state_dict"])
 
 
+def test_a_finished_run_that_is_resumed_is_judged_again_and_the_log_says_so(fit, straight, tmp_path, caplog):
+    caplog.set_level("INFO")
+    last, *said = straight("scheduler=none") / "checkpoints" / "last.ckpt", "scheduler=none", *EPOCHS
+    fit(tmp_path, *said, f"ckpt={last}")
+    assert f"{last} has trained all of its epochs: nothing is left to train, it is judged again" in caplog.messages
+    assert final(tmp_path) == final(straight("scheduler=none"))
+
+
 @pytest.mark.parametrize(
     "other",
     [
