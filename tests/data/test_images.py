@@ -91,6 +91,13 @@ def test_a_table_names_label_split_and_group(folder, tmp_path):
     assert where(source) == {"columns that are not used": ["colour"]}
 
 
+def test_a_split_of_which_more_than_half_cannot_be_read_stops_the_run(folder, tmp_path):
+    lines = ["path,label,split", *(f"mine/class{label}/{n}.png,L{label},train" for label in range(10) for n in range(5))]
+    (tmp_path / "table.csv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"\d+ of 30 images of train cannot be read, such as table.csv, row \d+: .*no such file"):
+        Images(tmp_path / "table.csv", size=8, val=0.2, test=0.2).split("train")
+
+
 def test_what_cannot_be_read_is_named_and_left_out(folder):
     broken = folder / "class3"
     (broken / "empty.png").touch()

@@ -29,7 +29,7 @@ class Images(ListedSource):
     `label`, and, if wanted, `split` (train, val, test), `group`: what must stay on one side of the split, a writer or a session, and
     `role`: are samples of val or test called query and gallery, queries are compared with the gallery alone.
 
-    An id is the path as it is listed. What cannot be read is left out and is among `findings`.
+    An id is the path as it is listed. What cannot be read is left out and is among `findings`, up to half of a split.
 
     Args:
         path: the folder or the table.
@@ -41,7 +41,8 @@ class Images(ListedSource):
         cache: keep what was decoded under SIAMESE_DATA_DIR (or `data`), for the next run; else in memory, for this one.
 
     Raises:
-        ValueError: for values out of their range, a table that is broken, a folder without images, classes that cannot be shared out.
+        ValueError: for values out of their range, a table that is broken, a folder without images, classes that cannot be shared out, a
+            split of which more than half cannot be read.
         OSError: what cannot be read, or where the cache cannot be written.
     """
 
@@ -73,6 +74,9 @@ class Images(ListedSource):
         findings = []
         if failed:
             where = [f"{listed[int(place)].where} ({why})" for place, why in failed.items()]
+            if 2 * len(failed) > len(listed):  # then it is not a few files that are wrong
+                share = f"{len(failed):,} of {len(listed):,}"
+                raise ValueError(f"{share} images of {name} cannot be read, such as {where[0]}: mend the list or the folder first")
             findings.append(Finding(True, f"images of {name} that cannot be read", where, "replace or delete them"))
         if small:
             where = [f"{listed[place].where} ({width} x {height})" for place, width, height in small]
