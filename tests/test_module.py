@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+import re
 
 import lightning.pytorch as L
 import pytest
@@ -535,3 +536,36 @@ def test_a_rehearsal_leaves_no_trace(source):
     assert all(torch.equal(module.state_dict()[name], value) for name, value in before.items())
     assert module.loss.queue_idx == 0
     assert all(p.grad is None for p in module.parameters())
+
+
+class Broken(Source):
+    """Rows of numbers, one of which is none."""
+
+    def split(self, name: str) -> Samples:
+        inputs = torch.randn(40, 5, generator=torch.Generator().manual_seed(0))
+        inputs[13] = torch.inf
+        return Samples(inputs, torch.arange(40) // 5, list("abcdefgh"), [f"table.csv, row {row}" for row in range(40)])
+
+
+@pytest.mark.parametrize("loader", [balanced, pairs])
+def test_a_loss_that_is_no_number_names_the_samples_that_it_comes_from(loader, caplog):
+    parts = {
+        "encoder": {"_target_": "siamese.encoders.MLP", "input_shape": [5], "hidden": [], "embedding_size": 3},
+        "distance": {"_target_": "pytorch_metric_learning.distances.LpDistance"},
+        "preprocessing": {"_target_": "siamese.bundle.Standardize"},
+    }
+    data = SiameseData(Broken(), functools.partial(loader, **({"classes": 8} if loader is balanced else {})))
+    module = SiameseModule(Bundle(parts), ContrastiveLoss())
+    trainer(max_epochs=4, limit_val_batches=0, log_every_n_steps=1).fit(module, data)
+    told = [message for message in caplog.messages if "training cannot recover from this" in message]
+    assert len(told) == 1
+    assert re.search(r"embeddings of [12] of \d+ samples are not finite, such as table.csv, row 13", told[0])
+
+
+@pytest.mark.parametrize("loader", [balanced, pairs, triplets])
+def test_a_batch_says_where_its_inputs_come_from(source, loader):
+    samples = source.split("train")
+    for batch in loader(samples, seed=0):
+        assert torch.equal(samples.inputs[batch.rows], batch.inputs)
+        assert torch.equal(samples.labels[batch.rows], batch.labels)
+    assert torch.equal(samples[samples.labels == 3].rows, (samples.labels == 3).nonzero().flatten())

@@ -63,6 +63,7 @@ class SiameseModule(L.LightningModule):
         self.seed, self.config = seed, config or {}
         self.metrics = EmbeddingMetrics(model.distance, prefix="val/")
         self._validated: list[Tensor] = []
+        self._told = False
 
     def grouped_optimizer(self) -> torch.optim.Optimizer:
         """All weights but those that are `Frozen`, each once, in groups by their learning rate.
@@ -171,9 +172,23 @@ class SiameseModule(L.LightningModule):
                 figures["train/mined_tuples"] = float(self.loss.used)
             for miner in self._scheduled():
                 figures["train/miner_stage"] = float(list(miner.starts).index(miner.stage))
+            if not self._told and not (loss.isfinite() and embeddings.isfinite().all()):
+                self._tell_of(loss, embeddings, batch)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs))
         self.log_dict(figures, batch_size=len(inputs))
         return loss
+
+    def _tell_of(self, loss: Tensor, embeddings: Tensor, batch: Batch) -> None:
+        """Once: which samples a loss, or embeddings, come from that are no numbers."""
+        self._told = True
+        broken = (~embeddings.isfinite().all(1)).nonzero().flatten()
+        why = "all embeddings are finite, so the loss itself overflows: try a smaller optimizer.lr"
+        if len(broken):
+            data = getattr(self.trainer, "datamodule", None)
+            rows = (broken if batch.rows is None else batch.rows[broken])[:5].tolist()
+            names = rows if data is None else [data.train.ids[row] for row in rows]
+            why = f"embeddings of {len(broken)} of {len(embeddings)} samples are not finite, such as {', '.join(map(str, names))}"
+        log.warning("step %d: training cannot recover from this, the loss is %s: %s", self.global_step, loss.item(), why)
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()  # what an interrupted validation has left
@@ -185,7 +200,7 @@ class SiameseModule(L.LightningModule):
             self._validated.append(embeddings)
             return
         if dataloader_idx == 0:
-            self.metrics.update(embeddings, batch.labels, gallery=getattr(batch, "gallery", None))
+            self.metrics.update(embeddings, batch.labels, batch.rows, batch.gallery)
             return
         with torch.autocast(self.device.type, enabled=False):
             loss = self.loss(embeddings, batch.labels, batch.tuples)

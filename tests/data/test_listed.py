@@ -41,7 +41,7 @@ def written(tmp_path):
 
 def handed_out(dataset: PairDataset, rows: torch.Tensor) -> list[tuple[int, int, bool]]:
     """(left, right, same) of each pair of a batch, from its inputs and its tuples alone."""
-    inputs, _, (anchor, positive, other, negative) = dataset[rows]
+    inputs, _, (anchor, positive, other, negative), *_ = dataset[rows]
     inputs = inputs.flatten().int().tolist()
     alike = [(inputs[a], inputs[b], True) for a, b in zip(anchor.tolist(), positive.tolist(), strict=True)]
     return alike + [(inputs[a], inputs[b], False) for a, b in zip(other.tolist(), negative.tolist(), strict=True)]
@@ -105,7 +105,7 @@ def test_every_listed_pair_comes_once_an_epoch_as_it_was_listed(columns, seed, e
     for index in range(len(dataset)):
         (left, right), same = dataset[index]
         assert (int(left), int(right), same) == (int(dataset.left[index]), int(dataset.right[index]), bool(dataset.same[index]))
-    inputs, labels, tuples = dataset[torch.arange(len(dataset))]
+    inputs, labels, tuples, *_ = dataset[torch.arange(len(dataset))]
     assert inputs.flatten().tolist() == torch.cat([dataset.left, dataset.right]).tolist(), "all lefts, then all rights"
     assert labels.tolist() == [int(i) // 4 if labelled else -1 for i in inputs]
     assert ((tuples[1] - tuples[0]) == len(dataset)).all()
@@ -163,7 +163,7 @@ def test_every_listed_triplet_comes_once_an_epoch_as_it_was_listed():
         dataset.set_epoch(epoch)
         found = []
         for rows in torch.arange(len(dataset)).split(7):
-            inputs, labels, tuples = dataset[rows]
+            inputs, labels, tuples, *_ = dataset[rows]
             assert torch.cat(tuples).tolist() == list(range(3 * len(rows))), "all anchors, then all positives, then all negatives"
             found += zip(*(inputs[part].flatten().int().tolist() for part in tuples), strict=True)
             assert labels.tolist() == [-1] * 3 * len(rows)

@@ -184,7 +184,7 @@ def test_pairs_are_what_they_say(sizes, fraction, seed, epoch):
         (left, right), same = dataset[index]
         assert left != right
         assert same == (samples.labels[int(left)] == samples.labels[int(right)])
-    inputs, labels, tuples = dataset[torch.arange(len(dataset))]
+    inputs, labels, tuples, *_ = dataset[torch.arange(len(dataset))]
     count = len(dataset)
     assert inputs[:count].tolist() == [dataset[i][0][0].tolist() for i in range(count)]
     assert inputs[count:].tolist() == [dataset[i][0][1].tolist() for i in range(count)]
@@ -302,7 +302,7 @@ def test_triplets_are_what_they_say(sizes, seed, epoch):
         anchor, positive, negative = (int(one) for one in dataset[index])
         assert anchor != positive
         assert samples.labels[anchor] == samples.labels[positive] != samples.labels[negative]
-    inputs, labels, tuples = dataset[torch.arange(count)]
+    inputs, labels, tuples, *_ = dataset[torch.arange(count)]
     assert [inputs[part].tolist() for part in tuples] == [[dataset[i][place].tolist() for i in range(count)] for place in range(3)]
     assert (labels == samples.labels[inputs.flatten().long()]).all()
 

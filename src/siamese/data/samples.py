@@ -16,20 +16,15 @@ class Batch(NamedTuple):
     tuples: what the data set already knows about the batch, in pytorch-metric-learning's `indices_tuple` convention:
         pairs `(anchor, positive, anchor, negative)`, triplets `(anchor, positive, negative)`, each int64 positions in
         the batch; None where the labels are all there is and a miner, or the loss itself, forms the tuples.
+    rows: int64 [B], where each input stands in its split, whose `ids` say where it came from.
+    gallery: bool [B], which are the gallery that the others are compared with; None where each is compared with all others.
     """
 
     inputs: Tensor
     labels: Tensor
     tuples: tuple[Tensor, ...] | None = None
-
-
-class JudgedBatch(NamedTuple):
-    """A `Batch` of samples that have roles; gallery: bool [B], which are the gallery that the others are compared with."""
-
-    inputs: Tensor
-    labels: Tensor
-    tuples: tuple[Tensor, ...] | None
-    gallery: Tensor
+    rows: Tensor | None = None
+    gallery: Tensor | None = None
 
 
 class Tuples(NamedTuple):
@@ -78,7 +73,7 @@ class Samples(Dataset):
             a query, against all others. In training it means nothing.
         tuples: pairs or triplets that are listed, to train with and to be judged by; without labels.
 
-    An index gives `(input, label)`; a list or tensor of indices gives a `Batch`, or `JudgedBatch` with roles, in one gather.
+    An index gives `(input, label)`; a list or tensor of indices gives a `Batch`, in one gather.
 
     Raises:
         ValueError: if lengths disagree or a label has no name.
@@ -119,9 +114,8 @@ class Samples(Dataset):
         if isinstance(index, int):
             return self.inputs[index], int(self.labels[index])
         index = torch.as_tensor(index)
-        if self.gallery is not None:
-            return JudgedBatch(self.inputs[index], self.labels[index], None, self.gallery[index])
-        return Batch(self.inputs[index], self.labels[index])
+        rows = index.nonzero().flatten() if index.dtype == torch.bool else index
+        return Batch(self.inputs[index], self.labels[index], None, rows, None if self.gallery is None else self.gallery[index])
 
     def __repr__(self) -> str:
         shape = "texts" if self.kind == "texts" else " x ".join(map(str, self.inputs.shape[1:]))

@@ -281,7 +281,7 @@ class PairDataset(Dataset):
         alike, apart = same.nonzero().flatten(), (~same).nonzero().flatten()
         both = torch.cat([left, right])
         tuples = (alike, alike + len(left), apart, apart + len(left))
-        return Batch(self.samples.inputs[both], self.samples.labels[both], tuples)
+        return Batch(self.samples.inputs[both], self.samples.labels[both], tuples, both)
 
 
 class TripletDataset(Dataset):
@@ -317,7 +317,7 @@ class TripletDataset(Dataset):
         if three[0].dim() == 0:
             return tuple(self.samples.inputs[i] for i in three)
         rows = torch.cat(three)
-        return Batch(self.samples.inputs[rows], self.samples.labels[rows], tuple(torch.arange(len(rows)).view(3, -1)))
+        return Batch(self.samples.inputs[rows], self.samples.labels[rows], tuple(torch.arange(len(rows)).view(3, -1)), rows)
 
 
 class ListedPairs(PairDataset):
