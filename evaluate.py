@@ -89,7 +89,7 @@ def other_tests(name: str, own, config: dict):
             raise ValueError(f"there is no data set {name}: take some of {', '.join(available('dataset'))}, as in 'also=[omniglot]'")
         other = compose([f"dataset={name}", *said], "evaluate")
         shape = list(own.inputs.shape[1:])
-        if "size" in other["dataset"] and other["dataset"]["size"] != shape[-1]:
+        if own.kind == "images" and "size" in other["dataset"] and other["dataset"]["size"] != shape[-1]:
             other = compose([f"dataset={name}", f"dataset.size={shape[-1]}", *said], "evaluate")
         samples = build(other, "dataset").split("test")
         if samples.kind != own.kind or (samples.kind != "texts" and list(samples.inputs.shape[1:]) != shape):

@@ -81,6 +81,15 @@ def test_lower_layers_learn_more_slowly(transformer):
     assert (said[embeddings], said[layer(0)]) == (0.01, 0.5)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_new_head_learns_at_the_optimizers_rate(transformer, frozen):
+    model = bundle(transformer, embedding_size=4, frozen=frozen)
+    module = SiameseModule(model, ContrastiveLoss(), optimizer=functools.partial(torch.optim.SGD, lr=1.0), rates={"model.encoder": 1e-5})
+    names = {weight: name.removeprefix("model.encoder.").partition(".")[0] for name, weight in module.named_parameters()}
+    found = {names[weight]: group["lr"] for group in module.grouped_optimizer().param_groups for weight in group["params"]}
+    assert found == ({"head": 1.0} if frozen else {"head": 1.0, "backbone": 1e-5})
+
+
 def test_what_stands_above_the_layers_learns_at_the_full_rate(tmp_path, transformer):
     from transformers import AutoTokenizer, ModernBertConfig, ModernBertModel
 

@@ -37,7 +37,8 @@ class SiameseModule(L.LightningModule):
         optimizer: makes the optimizer from parameter groups.
         scheduler: makes the schedule, stepped after every batch, from the optimizer and those of `total_steps`, `T_max` and
             `max_lr` that it takes; or None.
-        rates: learning rates other than the optimizer's: of "loss" (its own weights), of "model.encoder", or of a module within.
+        rates: learning rates other than the optimizer's: of "loss" (its own weights), of "model.encoder" (of its `pretrained_part`
+            alone, if it names one), or of a module within.
         lr_factors: for parts of the encoder, by their dotted names, what its learning rate is multiplied by; of a part within
             another its own factor counts. They go before those that the encoder has itself, as `encoder.lr_factors`.
         seed: with the epoch and the batch it decides all that is drawn in a step: augmentation, dropout, miners that sample.
@@ -80,15 +81,15 @@ class SiameseModule(L.LightningModule):
             if {*part_of(self.model.encoder, part).parameters()} <= frozen:
                 raise ValueError(f"lr_factors.{part}={factor}: encoder.frozen=true never trains this part, so leave its factor away")
             factors[f"model.encoder.{part}"] = factor
+        pretrained = getattr(self.model.encoder, "pretrained_part", None)
+        own = {f"{name}.{pretrained}" if pretrained and name == "model.encoder" else name: rate for name, rate in self.rates.items()}
         groups: dict[tuple[str | None, str | None], list[nn.Parameter]] = {}
         for name, weight in self.named_parameters():
             if weight in frozen:
                 continue
-            inside = [
-                max((part for part in parts if name.startswith(f"{part}.")), key=len, default=None) for parts in (self.rates, factors)
-            ]
+            inside = [max((part for part in parts if name.startswith(f"{part}.")), key=len, default=None) for parts in (own, factors)]
             groups.setdefault(tuple(inside), []).append(weight)
-        rates = [{} if part is None else {"lr": self.rates[part]} for part, _ in groups]
+        rates = [{} if part is None else {"lr": own[part]} for part, _ in groups]
         optimizer = self.make_optimizer([{"params": weights, **rate} for weights, rate in zip(groups.values(), rates, strict=True)])
         for group, (_, part) in zip(optimizer.param_groups, groups, strict=True):
             group["lr"] *= factors.get(part, 1)

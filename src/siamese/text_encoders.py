@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from siamese.data.texts import as_texts
+from siamese.frozen import Frozen
 
 _LOADS = "implementation|auto_map|backbone|name_or_path|quantization"  # keys of a configuration that can make transformers load something
 _CHUNK = 64  # texts that are embedded together, of like lengths: padding is wasted work
@@ -37,6 +38,7 @@ class Transformer(nn.Module):
     """
 
     takes_texts = True
+    pretrained_part = "backbone"  # what `encoder.lr` is for: a head is new, and learns at the optimizer's rate
 
     def __init__(
         self,
@@ -60,8 +62,6 @@ class Transformer(nn.Module):
         self.arguments = {"config": self.backbone.config}
         self.lr_factors = {} if layer_decay == 1 else self._decaying(layer_decay)
         if frozen:
-            from siamese.frozen import Frozen
-
             self.backbone = Frozen(self.backbone)
         self.embedding_size = embedding_size or width
         self.head = nn.Linear(width, embedding_size) if embedding_size else nn.Identity()
@@ -95,7 +95,7 @@ class _Pooled(nn.Module):
             from tokenizers import Tokenizer
             from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, logging
         except ImportError:
-            raise ValueError("encoders of texts need transformers: run `pip install 'siamese-lab[text]'`") from None
+            raise ValueError("encoders of texts need transformers: run `pip install -e '.[text]'`") from None
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         getLogger("huggingface_hub").setLevel(ERROR)  # each try again, where there is no network
@@ -123,10 +123,10 @@ class _Pooled(nn.Module):
                 raise ValueError(
                     f"model={model} cannot be loaded ({reason}): give a folder with a model, or a name of huggingface.co and a network"
                 ) from None
-            if not tokenizer.is_fast or tokenizer.backend_tokenizer.get_vocab_size() <= len(tokenizer.all_special_tokens):
-                if tokenizer.is_fast:  # made up by the library where it finds none
-                    raise ValueError(f"model={model} comes without a tokenizer that knows any word: tokenizer.json is missing")
+            if not tokenizer.is_fast:
                 raise ValueError(f"model={model} has a tokenizer in Python alone, which is not supported: take another model")
+            if tokenizer.backend_tokenizer.get_vocab_size() <= len(tokenizer.all_special_tokens):  # where it finds none it makes one up
+                raise ValueError(f"model={model} comes without a tokenizer that knows any word: tokenizer.json is missing")
             most = min(getattr(known, "max_position_embeddings", None) or max_length, tokenizer.model_max_length)
             if not 2 < max_length <= most:
                 raise ValueError(f"max_length={max_length} tokens must be from 3 to the {most} that {model} takes")

@@ -164,7 +164,7 @@ def test_bad_input_is_named(tmp_path, rows, arguments, said):
 
 def test_a_list_without_a_split_that_is_asked_for_is_refused(tmp_path):
     rows = [pair("a", "b", 1, split="train"), pair("v", "w", 1, split="val")]
-    with pytest.raises(ValueError, match=r"p.jsonl cannot be shared out .* give it a column split: val and test take all 2 classes"):
+    with pytest.raises(ValueError, match=r"p.jsonl cannot be shared out .* give it a column split: val and test take all 2 samples"):
         Pairs(write(tmp_path, rows)).split("test")
 
 

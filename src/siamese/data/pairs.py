@@ -80,15 +80,14 @@ class Pairs(ListedSource):
             return share_out(listed, **self._shares)
         except ValueError as error:
             why = f"{self.path} cannot be shared out so that no sample is in two splits, give it a column split"
-            raise ValueError(f"{why}: {error}") from None
+            raise ValueError(f"{why}: {str(error).replace('classes', 'samples')}") from None
 
     def shared_out(self) -> list[Listed]:
         """The pairs, by their place among the lines, each with the split of its samples."""
         if self._listed is None:
             placed = {sample.group: sample.split for sample in self.listed()}
-            splits = [placed.get(str(row), line["split"] or "train") for row, line in enumerate(self._lines)]
             self._listed = [
-                Listed(str(row), "", line["where"], split) for row, (line, split) in enumerate(zip(self._lines, splits, strict=True))
+                Listed(str(row), "", line["where"], placed.get(str(row), line["split"] or "train")) for row, line in enumerate(self._lines)
             ]
         return self._listed
 

@@ -14,9 +14,8 @@ def as_bytes(texts: list[str], most: int | None = None) -> Tensor:
     """Texts -> uint8 [N, L], their UTF-8 with zeros behind it; L is the length of the longest, or `most` bytes: what is beyond is cut."""
     coded = [text.replace("\0", "").encode("utf-8", "replace")[:most] for text in texts]
     length = max(map(len, coded), default=0)
-    return torch.frombuffer(bytearray(b"".join(text.ljust(length, b"\0") for text in coded) or b"\0"), dtype=torch.uint8)[
-        : len(coded) * length
-    ].view(len(coded), length)
+    joined = np.frombuffer(b"".join(text.ljust(length, b"\0") for text in coded), dtype=np.uint8)
+    return torch.from_numpy(joined.reshape(len(coded), length).copy())
 
 
 def as_texts(inputs: Tensor) -> list[str]:
