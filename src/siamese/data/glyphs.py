@@ -2,7 +2,8 @@
 
 Classes are letters, samples are typefaces. Train on Latin, validate on Cyrillic, test on Armenian, Georgian and Greek:
 the test judges scripts that were never seen. Letters of two scripts that look the same (Latin A, Greek Alpha) would put
-a test class into training, so they are one class, kept under the script that comes first.
+a test class into training, so they are one class, kept under the script that comes first. Letters that look so in a few typefaces
+alone (Greek alpha in an italic) are left out: nothing that is judged, or nearly that, occurs in training.
 """
 
 import unicodedata
@@ -20,6 +21,8 @@ from siamese.data.samples import Samples, Source
 SPLITS = {"train": ["LATIN"], "val": ["CYRILLIC"], "test": ["ARMENIAN", "GEORGIAN", "GREEK"]}
 _FACES = ("DejaVuSans*.ttf", "DejaVuSerif*.ttf", "STIXGeneral*.ttf")
 _MIN_FACES = 12
+# In some typeface a near-duplicate of a letter of an earlier split, by `siamese.data.leakage`: a list, as finding them takes seconds.
+_SEEN = frozenset("КУШвзикнптшћӇӏӨ" "αηθικϽԼՍահյոպսցւօ" "ΦγπՓ")
 
 
 class Glyphs(Source):
@@ -65,7 +68,9 @@ def _letters(homoglyph_filter: bool) -> dict[str, dict[str, np.ndarray]]:
     letters = [letter for letter, paths in covered.items() if len(paths) >= _MIN_FACES]
     letters.sort(key=lambda letter: (scripts.index(_script(letter)), letter))
     drawings = {letter: {path.stem: _draw(letter, path) for path in covered[letter]} for letter in letters}
-    return _without_homoglyphs(drawings) if homoglyph_filter else drawings
+    if not homoglyph_filter:
+        return drawings
+    return {letter: faces for letter, faces in _without_homoglyphs(drawings).items() if letter not in _SEEN}
 
 
 def _without_homoglyphs(drawings: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
