@@ -26,11 +26,11 @@ def encoded(image: Image.Image, quality: int) -> Image.Image:
 
 
 CHANGES = {
-    "re-encoded": lambda image: encoded(image, 75),
+    "re-encoded": lambda image: encoded(image, 40),
     "reduced": lambda image: image.resize((image.width * 2 // 3, image.height * 2 // 3), Image.Resampling.BICUBIC),
     "enlarged": lambda image: image.resize((image.width * 3 // 2, image.height * 3 // 2), Image.Resampling.BILINEAR),
     "shifted by a pixel": shifted,
-    "brightened": lambda image: ImageEnhance.Brightness(image).enhance(1.2),
+    "brightened": lambda image: ImageEnhance.Brightness(image).enhance(1.3),
     "darkened": lambda image: ImageEnhance.Brightness(image).enhance(0.7),
 }
 
@@ -69,23 +69,21 @@ def inputs(images: list[Image.Image], size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("made", "size"), [(photos, 64), (letters, 32), (drawings, 64), (drawings, 128)])
 def test_planted_near_duplicates_are_found_and_little_else(made, size):
-    """At least 95 % of them, and at least 95 % of what is found, but for pairs that were alike before anything was planted."""
+    """At least 95 % of each kind, and at least 95 % of what is found, but for pairs that were alike before anything was planted."""
     images = made()
     if made is letters:
         images = [image.resize((64, 64), Image.Resampling.BICUBIC) for image in images]  # from where a reduced one is still legible
     training = inputs(images, size)
     before = duplicates(training)
     alike = set(zip(before.left.tolist(), before.right.tolist(), strict=True))
-    places = np.random.default_rng(1).permutation(len(images))[: len(images) // 2].tolist()
-    hits = wrong = planted = 0
+    hits = wrong = 0
     for name, change in CHANGES.items():
-        found = duplicates(training, inputs([change(images[place]) for place in places], size))
-        pairs = [(left, places[right]) for left, right in zip(found.left.tolist(), found.right.tolist(), strict=True)]
-        hit = len({left for left, right in pairs if left == right})
-        assert hit >= 0.9 * len(places), name
-        hits, planted = hits + hit, planted + len(places)
+        found = duplicates(training, inputs([change(image) for image in images], size))
+        pairs = list(zip(found.left.tolist(), found.right.tolist(), strict=True))
+        hit = sum(left == right for left, right in pairs)
+        assert hit >= 0.95 * len(images), name
+        hits += hit
         wrong += sum(left != right and (min(left, right), max(left, right)) not in alike for left, right in pairs)
-    assert hits >= 0.95 * planted
     assert wrong <= 0.05 * hits
 
 
