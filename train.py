@@ -58,15 +58,22 @@ def train(config: dict) -> dict[str, float]:
     try:
         trainer, wandb_logger = make_trainer(config, provenance, module.model.encoder)
         started = time.perf_counter()
-        untrained = {
-            **judging.last_as("raw", judging.judge(judging.raw(module.model, data.val), data, config["test"])),
-            **judging.last_as("untrained", judging.judge(module.model, data, config["test"])),
-        }
+        if trainer.is_global_zero:
+            untrained = {
+                **judging.last_as("raw", judging.judge(judging.raw(module.model, data.val), data, config["test"])),
+                **judging.last_as("untrained", judging.judge(module.model, data, config["test"])),
+            }
         seconds["evaluate"] += time.perf_counter() - started
 
         started = time.perf_counter()
+        if config["compile"]:
+            module.model.encoder.compile()
         trainer.fit(module, data, ckpt_path=config["ckpt"], weights_only=True)
         seconds["fit"] = time.perf_counter() - started
+        if not trainer.is_global_zero:
+            return {}
+        for leftover in ("previous.ckpt", "last.ckpt.part", "best.ckpt.part"):
+            (out / "checkpoints" / leftover).unlink(missing_ok=True)
 
         started = time.perf_counter()
         model = Bundle.load(trainer.checkpoint_callback.best_model_path, trust=trust)
@@ -245,19 +252,23 @@ def make_trainer(config: dict, provenance: dict, encoder):
 
     from siamese import record
     from siamese.bundle import load_checkpoint
-    from siamese.callbacks import BestCheckpoint, Health, ProgressBar, ValidateLastEpoch
+    from siamese.callbacks import BestCheckpoint, CarefulCheckpointIO, Freeze, Health, MidEpochCheckpoint, ProgressBar, ValidateLastEpoch
     from siamese.evaluation import higher_is_better
 
     # What Lightning says of devices, workers and directories on every start tells a user of this template nothing.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=PossibleUserWarning)
-    warnings.filterwarnings("ignore", ".*(exists and is not empty|Experiment logs directory|The dirpath has changed|LeafSpec).*")
+    warnings.filterwarnings(
+        "ignore", ".*(exists and is not empty|Experiment logs directory|The dirpath has changed|LeafSpec|functional.all_gather).*"
+    )
 
     out, metric = config["paths"]["output_dir"], config["optimized_metric"]
     mode = "max" if higher_is_better(metric) else "min"
     callbacks = [
         BestCheckpoint(f"{out}/checkpoints", "best", monitor=metric, mode=mode, enable_version_counter=False),
         ModelCheckpoint(f"{out}/checkpoints", "last", enable_version_counter=False),
+        MidEpochCheckpoint(f"{out}/checkpoints", "last", every_n_train_steps=config["save_every"], enable_version_counter=False),
         ValidateLastEpoch(),
         Health(),
         LearningRateMonitor("step"),
@@ -265,9 +276,38 @@ def make_trainer(config: dict, provenance: dict, encoder):
     ]
     for name, node in config["callbacks"].items():
         callbacks.append(construct(node, f"callbacks.{name}", monitor=metric, mode=mode, encoder=encoder))
+    node = config["trainer"]
+    if node["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise InputError(f"trainer.accelerator={node['accelerator']}: this machine has no GPU that torch can use. Say trainer=cpu")
+    if str(node.get("precision")) in ("bf16-true", "16-true", "64-true", "64"):
+        raise InputError(f"trainer.precision={node['precision']}: weights are kept in 32 bits here. Say bf16-mixed, 16-mixed or 32-true")
+    if node.get("precision") == "auto":
+        cpu = torch.cpu.get_capabilities()
+        bf16 = torch.cuda.is_bf16_supported() if node["accelerator"] in ("gpu", "cuda") else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        node = {**node, "precision": "bf16-mixed" if bf16 else "32-true"}
+    if str(node.get("strategy")) == "ddp" and any(isinstance(callback, Freeze) for callback in callbacks):
+        node = {**node, "strategy": "ddp_find_unused_parameters_true"}
+    trainer = construct(
+        node,
+        "trainer",
+        logger=False,  # until it is known which rank this is
+        callbacks=callbacks,
+        default_root_dir=out,
+        plugins=[CarefulCheckpointIO()],
+        use_distributed_sampler=False,  # our samplers know what every rank gets
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
     earlier = record.curves(Path(out) / "metrics.csv", load_checkpoint(config["ckpt"])["global_step"]) if config["ckpt"] else []
-    csv = CSVLogger(out, name="", version="")
+    normed = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in encoder.modules())
+    if trainer.world_size > 1 and normed and not node.get("sync_batchnorm"):
+        logging.getLogger("train").info("batch-norm takes the statistics of each rank's part of the batch, not of the whole")
+    csv = CSVLogger(out, name="", version="", flush_logs_every_n_steps=1)  # of a run that is killed nothing is missing
+    trainer.loggers = [csv]
+    if not trainer.is_global_zero:
+        return trainer, None
     csv.experiment.metrics += earlier
+    csv.save()
     chosen = ("dataset", "encoder", "distance", "loss", "miner", "sampling")
     name = "-".join(config["choices"][group] for group in chosen if config["choices"][group] != "none")
     values = [o for o in config["overrides"] if "." in o.partition("=")[0] and not o.startswith("paths.")]
@@ -278,25 +318,8 @@ def make_trainer(config: dict, provenance: dict, encoder):
         name=" ".join([name, f"seed={config['seed']}", *values]),
         config={**config, "provenance": provenance},
     )
-    node = config["trainer"]
-    if node["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
-        raise InputError(f"trainer.accelerator={node['accelerator']}: this machine has no GPU that torch can use. Say trainer=cpu")
-    if str(node.get("precision")) in ("bf16-true", "16-true", "64-true", "64"):
-        raise InputError(f"trainer.precision={node['precision']}: weights are kept in 32 bits here. Say bf16-mixed, 16-mixed or 32-true")
-    if node.get("precision") == "auto":
-        cpu = torch.cpu.get_capabilities()
-        bf16 = torch.cuda.is_bf16_supported() if node["accelerator"] in ("gpu", "cuda") else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
-        node = {**node, "precision": "bf16-mixed" if bf16 else "32-true"}
-    trainer = construct(
-        node,
-        "trainer",
-        logger=[csv] if wandb_logger is None else [csv, wandb_logger],
-        callbacks=callbacks,
-        default_root_dir=out,
-        use_distributed_sampler=False,  # our samplers know what every rank gets
-        num_sanity_val_steps=0,
-        enable_model_summary=False,
-    )
+    if wandb_logger is not None:
+        trainer.loggers = [csv, wandb_logger]
     return trainer, wandb_logger
 
 

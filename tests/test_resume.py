@@ -3,15 +3,20 @@
 import csv
 import functools
 import json
+import os
+import shutil
+import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from siamese.config import InputError
+from siamese.config import InputError, newest_checkpoint
 from siamese.module import SiameseModule
 
 EPOCHS = ("trainer.max_epochs=4", "test=false")
+SECONDS = {"seconds/fit": None, "seconds/evaluate": None}
 RUNS = {
     "the default": [],
     "a loss with weights of its own": ["loss=arcface", "scheduler=cosine"],
@@ -27,8 +32,12 @@ def rows(run) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
+def metrics(run) -> dict[str, float]:
+    return json.loads((run / "metrics.json").read_text())
+
+
 def final(run) -> dict[str, float]:
-    found = json.loads((run / "metrics.json").read_text())
+    found = metrics(run)
     return {key: value for key, value in found.items() if key.startswith("val/")}
 
 
@@ -98,6 +107,112 @@ def test_a_resumed_run_ends_as_one_that_never_stopped(fit, cut_off, straight, tm
     tail = [row for row in rows(whole) if int(row["step"]) >= before["global_step"]]
     for name in ("train/loss", "val/map_at_r"):
         assert [row[name] for row in rows(second) if row[name]] == [row[name] for row in tail if row[name]]
+
+
+MID_EPOCH = {
+    "the default with an average": ["callbacks=ema", "sampling.classes=4"],
+    "a memory, and a miner that draws": [*RUNS["a memory, and a miner that draws"], "sampling.classes=4"],
+    "a miner's second stage": [*RUNS["a miner's second stage"], "sampling.classes=4"],
+    "frozen parts, gradients added up": [
+        "callbacks=freeze",
+        "callbacks.freeze.parts=[layers.0]",
+        "trainer.accumulate_grad_batches=2",
+        "sampling.classes=4",
+        "save_every=2",
+    ],
+    "pairs": [*RUNS["pairs"], "sampling.batch_size=8"],
+    "triplets, judged every second epoch": [
+        "sampling=triplets",
+        "loss=triplet",
+        "sampling.batch_size=8",
+        "trainer.check_val_every_n_epoch=2",
+    ],
+}
+
+
+@pytest.mark.parametrize("overrides", MID_EPOCH.values(), ids=list(MID_EPOCH))
+def test_a_run_cut_off_in_the_middle_of_an_epoch_ends_as_one_that_never_stopped(fit, straight, monkeypatch, tmp_path, overrides):
+    overrides = [*EPOCHS, "save_every=3", *overrides, "trainer.log_every_n_steps=2"]
+    whole, step, steps = straight(*overrides), SiameseModule.training_step, []
+
+    def die(module, batch, batch_idx):
+        if module.current_epoch == 2 and batch_idx == 5:
+            raise RuntimeError("the power went")
+        steps.append(module.global_step)
+        return step(module, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiameseModule, "training_step", die)
+        with pytest.raises(RuntimeError, match="the power went"):
+            fit(tmp_path, *overrides)
+    before = checkpoint(tmp_path)
+    in_epoch = before["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]["processed"]
+    assert before["epoch"] == 2
+    assert 0 < in_epoch <= 5
+    assert (tmp_path / "checkpoints" / "previous.ckpt").exists()
+    fit(tmp_path, *overrides, f"ckpt={tmp_path}/checkpoints/last.ckpt")
+
+    one, other = checkpoint(whole), checkpoint(tmp_path)
+    assert other["global_step"] == one["global_step"]
+    for part in ("state_dict", "optimizer_states", "lr_schedulers"):
+        assert equal(one[part], other[part]), part
+    assert final(tmp_path) == final(whole)
+    assert (tmp_path / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+
+
+def test_a_run_killed_anywhere_ends_as_one_that_was_not(start, tiny, tmp_path):
+    """SIGKILL at four random steps and once while a checkpoint is being written; the same command each time."""
+    overrides = [*tiny, "trainer.max_epochs=3", "sampling.classes=4", "save_every=3", "test=false", "resume=auto"]
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert start("train.py", *overrides, f"paths.output_dir={whole}").wait().code == 0
+    steps = len(rows(whole))
+    kills = sorted(np.random.default_rng(0).choice(np.arange(2, steps - 2), 4, replace=False).tolist())
+    kills.insert(2, "in a save")
+    for at in kills:
+        command = start("train.py", *overrides, f"paths.output_dir={run}")
+        partial, curves, killed = run / "checkpoints" / "last.ckpt.part", run / "metrics.csv", False
+        while command.process.is_alive() and not killed:
+            if partial.exists() if at == "in a save" else curves.exists() and curves.read_text().count("\n") > at:
+                os.kill(command.process.pid, signal.SIGKILL)
+                killed = True
+        assert killed, command.wait()
+        assert command.wait().code == -signal.SIGKILL
+        assert not (run / "metrics.json").exists()
+    done = start("train.py", *overrides, f"paths.output_dir={run}").wait()
+    assert done.code == 0, done.err
+    assert "resumed from" in done.out + done.err
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert equal(checkpoint(run)["state_dict"], checkpoint(whole)["state_dict"])
+    assert {**metrics(run), **SECONDS} == {**metrics(whole), **SECONDS}
+
+
+def test_of_two_checkpoints_the_newest_that_is_whole_is_taken(tiny_run, tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    assert newest_checkpoint(folder) is None
+    folder.mkdir()
+    for name in ("last.ckpt", "previous.ckpt"):
+        shutil.copy(tiny_run / "checkpoints" / "last.ckpt", folder / name)
+    assert newest_checkpoint(folder) == str(folder / "last.ckpt")
+    os.truncate(folder / "last.ckpt", 10_000)
+    assert newest_checkpoint(folder) == str(folder / "previous.ckpt")
+    assert f"{folder}/last.ckpt is damaged" in caplog.text
+    os.truncate(folder / "previous.ckpt", 0)
+    assert newest_checkpoint(folder) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["resume=auto"], "say paths.output_dir=DIR to both"),
+        (["-m", "resume=auto", "seed=0,1"], "say hydra.sweep.dir=DIR to both"),
+        (["resume=yes", "paths.output_dir=x"], "resume=yes must be auto"),
+    ],
+)
+def test_a_resume_that_cannot_be_meant_is_refused(command, overrides, said):
+    done = command("train.py", *overrides)
+    assert done.code == 1
+    assert said in done.err
+    assert done.err.count("\n") <= 2
 
 
 def test_the_best_checkpoint_from_before_the_cut_still_counts(fit, gets_worse, cut_off, tmp_path):

@@ -1,12 +1,15 @@
 """What watches a run while it trains, and what steps in."""
 
 import logging
+import os
 import shutil
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from siamese.encoders import part_of
@@ -62,15 +65,43 @@ class BestCheckpoint(ModelCheckpoint):
         old = Path(state["best_model_path"])
         if old.is_file() and old.parent != Path(self.dirpath):
             new = Path(self.dirpath) / old.name
-            new.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(old, new)
+            if rank_zero_only.rank == 0:
+                new.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(old, new)
             own = {"best_model_path": str(new), "kth_best_model_path": str(new), "best_k_models": {str(new): state["best_model_score"]}}
             state = {**state, **own, "dirpath": self.dirpath}
         super().load_state_dict(state)
 
 
+class MidEpochCheckpoint(ModelCheckpoint):
+    """Lightning's of every so many steps, but for an epoch's last, which the end of the epoch saves, and while gradients are added up."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            super().on_train_batch_end(trainer, module, outputs, batch, batch_idx)
+
+
+class CarefulCheckpointIO(TorchCheckpointIO):
+    """A checkpoint takes its name when it is whole and on the disk; then the `last.ckpt` before it is still there as `previous.ckpt`."""
+
+    def save_checkpoint(self, checkpoint: dict, path: str | Path, storage_options=None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.part")
+        with open(partial, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.name == "last.ckpt" and path.exists():
+            os.replace(path, path.with_name("previous.ckpt"))
+        os.replace(partial, path)
+
+
 class ValidateLastEpoch(Callback):
     """Validates after the last epoch too, whatever `check_val_every_n_epoch` says: a schedule's last weights are its best."""
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, module)  # a run that is resumed in the middle of an epoch has no other start of it
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.max_epochs is not None and trainer.current_epoch == trainer.max_epochs - 1:
@@ -81,8 +112,8 @@ class Freeze(Callback):
     """Keeps parts of the encoder as they are, up to an epoch or for good: for fine-tuning.
 
     Their weights take no gradient, so the optimizer, which has them from the start, skips them, weight decay and all. Everything
-    follows from the number of the epoch, so a resumed run goes on as it would have. On several devices this needs
-    `+trainer.strategy=ddp_find_unused_parameters_true`, else torch refuses the first step.
+    follows from the number of the epoch, so a resumed run goes on as it would have. With DDP, which has to be told that some weights
+    get no gradient, it needs the strategy `ddp_find_unused_parameters_true`, which train.py chooses then.
 
     Args:
         encoder: comes from the run.
@@ -110,6 +141,9 @@ class Freeze(Callback):
             raise ValueError(f"parts={parts} are all of the encoder, which leaves nothing to train: name fewer")
         self.norms = [layer for part in frozen for layer in part.modules() if isinstance(layer, nn.modules.batchnorm._BatchNorm)]
         self.until_epoch, self.batch_norm = until_epoch, batch_norm
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.on_train_epoch_start(trainer, module)  # a run that is resumed in the middle of an epoch has no other start of it
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         frozen = self.until_epoch is None or trainer.current_epoch < self.until_epoch

@@ -14,8 +14,10 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import hydra
@@ -57,21 +59,31 @@ class InputError(Exception):
 
 def launch(task: Callable[[dict], dict], config_name: str) -> None:
     """Run `task(config)` under Hydra; bad input ends in one or two lines and exit code 1, with HYDRA_FULL_ERROR=1 in a traceback."""
-    full = os.environ.pop("HYDRA_FULL_ERROR", "0") == "1"
+    full, scratch = os.environ.pop("HYDRA_FULL_ERROR", "0") == "1", None
+    if rank_from_outside():  # the first rank speaks and writes for all, whatever the others write is thrown away
+        scratch = tempfile.TemporaryDirectory(prefix="siamese-")
+        sys.argv += [f"hydra.run.dir={scratch.name}", "hydra.output_subdir=null", "hydra/job_logging=none"]
 
     def job(cfg: DictConfig) -> float | None:
-        runtime = HydraConfig.get()
+        runtime, rank = HydraConfig.get(), rank_from_outside()  # a launcher may have brought this to another process
+        if rank:
+            logging.disable(logging.ERROR)
         sweep = runtime.mode is not None and runtime.mode.name == "MULTIRUN"
         try:
             config = check(cfg, dict(runtime.runtime.choices), list(runtime.overrides.task), config_name)
-            config["paths"]["output_dir"] = runtime.runtime.output_dir
+            place = config["paths"]["output_dir"] if rank and not sweep else runtime.runtime.output_dir
+            if config.get("resume") and (found := newest_checkpoint(Path(place, "checkpoints"))):
+                config["ckpt"], config["init_from"] = found, None
             config["sweep"] = Path(runtime.sweep.dir).name if sweep else None
-            figures = task(config)
+            with tempfile.TemporaryDirectory(prefix="siamese-") as elsewhere:
+                config["paths"]["output_dir"] = elsewhere if rank else place
+                figures = task(config)
         except InputError as error:
             if sweep:
                 log.error("job failed: %s", error)
             elif not full:
-                sys.exit(f"error: {error}")  # not through Hydra, which would print all overrides above it
+                where = f" (rank {rank})" if rank else ""
+                sys.exit(f"error{where}: {error}")  # not through Hydra, which would print all overrides above it
             raise
         return figures.get(config.get("optimized_metric"))
 
@@ -87,9 +99,43 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
         known = isinstance(error, InputError) or not _raised_by_job(error)
         if full or not known:
             raise
-        sys.exit(f"error: {explain(error, sys.argv[1:], config_name)}")
+        sys.exit(1 if scratch else f"error: {explain(error, sys.argv[1:], config_name)}")
     finally:
         os.environ.pop("HYDRA_FULL_ERROR")
+
+
+def newest_checkpoint(folder: Path) -> str | None:
+    """The last of a run's checkpoints that is whole, or None: where `resume=auto` goes on."""
+    from siamese.bundle import load_checkpoint
+
+    for name in ("last.ckpt", "previous.ckpt"):
+        try:
+            load_checkpoint(folder / name)
+        except FileNotFoundError:
+            continue
+        except ValueError as error:
+            log.warning("%s", error)
+            continue
+        log.info("resumed from %s", os.path.relpath(folder / name))
+        return str(folder / name)
+    log.info("there is no checkpoint in %s yet: training starts anew", os.path.relpath(folder))
+    return None
+
+
+def rank_from_outside() -> int:
+    """0 for a process by itself and for the first of those that torchrun, srun or Lightning have started; of the others not 0."""
+    of_job = "SLURM_PROCID" if "SLURM_STEP_ID" in os.environ else ""
+    return int(os.environ.get("RANK") or os.environ.get(of_job) or os.environ.get("LOCAL_RANK") or os.environ.get("NODE_RANK") or 0)
+
+
+def stamp() -> str:
+    """Names a run's directory: the number of its job step under srun, so that a requeued job finds it again, else the time."""
+    if "SLURM_STEP_ID" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return f"slurm-{os.environ['SLURM_JOB_ID']}-{os.environ['SLURM_STEP_ID']}"
+    return datetime.now().strftime("%Y-%m-%d_%H-%M-%S-%f")
+
+
+OmegaConf.register_new_resolver("stamp", stamp, replace=True, use_cache=True)
 
 
 def interrupt_again(unraisable: "sys.UnraisableHookArgs") -> None:
@@ -135,6 +181,10 @@ def preflight(arguments: list[str], config_name: str) -> None:
     if set(flags) - {"-m", "--multirun"}:
         return  # --help, --cfg, --config-dir ...: Hydra's business
     overrides = [a for a in arguments if not a.startswith("-")]
+    places = ("paths.output_dir=", "hydra.run.dir=", "hydra.sweep.dir=")
+    if "resume=auto" in overrides and "SLURM_STEP_ID" not in os.environ and not any(o.startswith(places) for o in overrides):
+        where = "hydra.sweep.dir=DIR" if flags else "paths.output_dir=DIR"
+        raise InputError(f"resume=auto goes on where the same command has been before: say {where} to both")
     parsed = OverridesParser.create().parse_overrides(overrides)
     mine = [o for o in parsed if not o.key_or_group.startswith("hydra")]
     if flags and any(o.key_or_group == "paths.output_dir" for o in mine):
@@ -190,6 +240,10 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
             folder = Path(str(path)).is_dir()
             remedy = "it is a folder: name a file in it, checkpoints/last.ckpt or bundle.safetensors" if folder else "there is no such file"
             raise InputError(f"{key}={path}: {remedy}")
+    if config.get("resume") not in (None, "auto"):
+        raise InputError(f"resume={config['resume']} must be auto, or null: a checkpoint is named by ckpt=")
+    if config["ckpt"] and config.get("resume"):
+        raise InputError("ckpt= names a checkpoint, resume=auto looks for one: give one of them")
     if config["ckpt"] and config.get("init_from"):
         raise InputError("ckpt= resumes a run with everything, init_from= takes weights only: give one of them")
     path = config["dataset"].get("path")

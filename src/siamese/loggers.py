@@ -37,7 +37,10 @@ def wandb_logger(
                 "W&B: no key is configured, so this run is kept offline; `wandb sync %s/wandb/offline-run-*` uploads it",
                 os.path.relpath(directory),
             )
+    earlier = sorted(Path(directory, "wandb").glob("*run-*-*")) if config.get("ckpt") else []
     logger = WandbLogger(
+        id=earlier[-1].name.rpartition("-")[2] if earlier else None,  # a run that is resumed where it was is the same run
+        resume="allow" if earlier else None,
         name=name,
         save_dir=directory,
         project=project,

@@ -11,6 +11,7 @@ import torch
 from pytorch_metric_learning.reducers import ThresholdReducer
 from torch import Tensor, nn
 
+from siamese._walk import Ranks
 from siamese.bundle import Bundle
 from siamese.data.samples import Batch
 from siamese.encoders import part_of
@@ -29,11 +30,16 @@ class SiameseModule(L.LightningModule):
     A batch that brings its tuples (pairs, triplets) uses them; otherwise the miner, if there is one, chooses tuples among
     all that the labels allow. All end in the same call, `loss(embeddings, labels, tuples)`.
 
+    Several ranks share each batch: every one embeds its part, the embeddings are gathered with their gradient, and each rank mines
+    and computes the loss of the whole, so that gradients, of the loss's own weights too, are those of one process with the batch.
+    But for batch-norm, whose statistics are of a rank's part unless `trainer.sync_batchnorm`, and dropout, which draws by rank.
+
     Args:
         model: encoder, distance and preprocessing.
         loss: a pytorch-metric-learning loss; its own weights, if it has any, are trained and saved too.
         miner: a pytorch-metric-learning miner, or None.
-        augmentation: `augmentation(inputs, generator)` on each training batch, or None.
+        augmentation: `augmentation(inputs, generator)` on each training batch, or None; where several ranks share a batch,
+            `augmentation(inputs, generator, places, batch)`, as `siamese.data.augmentation.Augment` has it.
         optimizer: makes the optimizer from parameter groups.
         scheduler: makes the schedule, stepped after every batch, from the optimizer and those of `total_steps`, `T_max` and
             `max_lr` that it takes; or None.
@@ -63,7 +69,7 @@ class SiameseModule(L.LightningModule):
         self.make_optimizer, self.make_scheduler, self.rates, self.lr_factors = optimizer, scheduler, rates or {}, lr_factors or {}
         self.seed, self.config = seed, config or {}
         self.metrics = EmbeddingMetrics(model.distance, prefix="val/")
-        self._validated: list[Tensor] = []
+        self._validated: list[tuple[Tensor, Tensor]] = []
         self._told = False
 
     def grouped_optimizer(self) -> torch.optim.Optimizer:
@@ -132,6 +138,7 @@ class SiameseModule(L.LightningModule):
             )
 
     def on_train_start(self) -> None:
+        self.on_train_epoch_start()  # a run that is resumed in the middle of an epoch has no other start of it
         for name, start in ((name, start) for miner in self._scheduled() for name, start in miner.starts.items()):
             if 0 <= (self.trainer.max_epochs or -1) <= start:
                 log.warning("miner stage %s starts at epoch %d, the run ends before it: it is never used", name, start)
@@ -144,16 +151,26 @@ class SiameseModule(L.LightningModule):
         return [module for module in self.modules() if isinstance(module, ScheduledMiner)]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        # What draws from torch's global generator in a step (dropout, miners that sample) follows from (seed, epoch, batch) alone,
-        # so that a resumed run, and every rank, draws the same.
-        entropy = np.random.SeedSequence([self.seed, self.current_epoch, batch_idx]).generate_state(1, np.uint64)[0] >> 1
+        # What draws from torch's global generator in a step follows from (seed, epoch, batch) alone, so that a resumed run draws the
+        # same; miners that sample draw the same on every rank, dropout does not.
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(int(entropy))
-            return self._step(batch, torch.Generator().manual_seed(int(entropy)))
+            torch.manual_seed(self._entropy(batch_idx, self.global_rank))
+            embeddings = self._embedded(batch, torch.Generator().manual_seed(self._entropy(batch_idx)))
+            torch.manual_seed(self._entropy(batch_idx))
+            return self._step(batch, embeddings)
 
-    def _step(self, batch: Batch, generator: torch.Generator) -> Tensor:
-        inputs = batch.inputs if self.augmentation is None else self.augmentation(batch.inputs, generator)
-        embeddings = self.model(inputs)
+    def _entropy(self, *numbers: int) -> int:
+        return int(np.random.SeedSequence([self.seed, self.current_epoch, *numbers]).generate_state(1, np.uint64)[0] >> 1)
+
+    def _embedded(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """[B, D] of the whole batch, whoever embeds its parts."""
+        shared = () if batch.places is None else (batch.places, len(batch.labels))
+        embeddings = self.model(batch.inputs if self.augmentation is None else self.augmentation(batch.inputs, generator, *shared))
+        if batch.places is None:
+            return embeddings
+        return self.all_gather(embeddings, sync_grads=True).transpose(0, 1).flatten(0, 1)[: len(batch.labels)]  # they took turns
+
+    def _step(self, batch: Batch, embeddings: Tensor) -> Tensor:
         logged = (self.global_step + 1) % self.trainer.log_every_n_steps == 0
         filters = [m for m in self.loss.modules() if isinstance(m, ThresholdReducer)]
         for reducer in filters:
@@ -175,8 +192,8 @@ class SiameseModule(L.LightningModule):
                 figures["train/miner_stage"] = float(list(miner.starts).index(miner.stage))
             if not self._told and not (loss.isfinite() and embeddings.isfinite().all()):
                 self._tell_of(loss, embeddings, batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(inputs))
-        self.log_dict(figures, batch_size=len(inputs))
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.labels))
+        self.log_dict(figures, batch_size=len(batch.labels))
         return loss
 
     def _tell_of(self, loss: Tensor, embeddings: Tensor, batch: Batch) -> None:
@@ -198,7 +215,7 @@ class SiameseModule(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         embeddings = self.model(batch.inputs)
         if dataloader_idx == 0 and (batch.labels < 0).any():  # listed pairs or triplets, judged when all are embedded
-            self._validated.append(embeddings)
+            self._validated.append((batch.rows, embeddings))
             return
         if dataloader_idx == 0:
             self.metrics.update(embeddings, batch.labels, batch.rows, batch.gallery)
@@ -210,13 +227,22 @@ class SiameseModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         if self._validated:
             listed = self.trainer.datamodule.watched.tuples._asdict()
-            result = evaluate_tuples(torch.cat(self._validated), distance=self.model.distance, **listed)
+            rows, embeddings = (
+                torch.cat(Ranks(self.trainer.world_size > 1).gather(torch.cat(part))) for part in zip(*self._validated, strict=True)
+            )
+            result = evaluate_tuples(embeddings[rows.argsort()], distance=self.model.distance, **listed)
             self._validated.clear()
             self.log_dict({f"val/{name}": float(value) for name, value in result.figures.items()})
             return
         figures = self.metrics.compute()
         self.metrics.reset()
         self.log_dict({name: value.float() for name, value in figures.items()})
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        loops = checkpoint["loops"]["fit_loop"]
+        epoch, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]["current"]
+        if epoch["started"] > epoch["processed"] and self.trainer.datamodule is not None:
+            self.trainer.datamodule.begin_at(batches["processed"])
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         checkpoint["parts"], checkpoint["config"] = self.model.parts, self.config

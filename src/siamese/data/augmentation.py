@@ -13,7 +13,7 @@ _AT_MOST = {"rotation": 180, "scale": 0.9, "shear": 1, "shift": 1, "elastic": 1,
 class Augment:
     """Move, bend, crop, mirror and cover each image by its own draw; what comes in from outside is black.
 
-    uint8 or 0..1 float [B, C, H, W] -> float32 [B, C, H, W] in 0..1. All that moves pixels is one sampling of the image,
+    uint8 or 0..1 float [B, C, H, W] -> float32 (of float64 this) [B, C, H, W] in 0..1. All that moves pixels is one sampling of the image,
     so that it is blurred once. What is 0, or None, is not done, and leaves all else as it would be.
 
     Args:
@@ -54,15 +54,21 @@ class Augment:
         self.rotation, self.scale, self.shear, self.shift = math.radians(rotation), scale, shear, shift
         self.elastic, self.crop, self.flip, self.erasing = elastic, 1.0 if crop is None else crop, flip, erasing
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """The generator, on the CPU, decides everything: equal states give equal images on any device."""
+    def __call__(self, images: Tensor, generator: torch.Generator, places: Tensor | None = None, batch: int | None = None) -> Tensor:
+        """The generator, on the CPU, decides everything: equal states give equal images on any device.
+
+        Of a `batch` of which the images are a part, at these `places`, int64 [B], each is moved as it is when all are given.
+        """
         if images.dim() != 4:
             raise ValueError(f"augmentation needs images [B, C, H, W], these inputs are {list(images.shape)}: say augmentation=none")
-        images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        images = images if images.dtype == torch.float64 else images.float()
         # Always all of them: what is turned on or off moves no number of another.
-        affine = torch.rand(len(images), 6, generator=generator).to(images.device) * 2 - 1
-        crop, flip, erasing = torch.rand(len(images), 10, generator=generator).to(images.device).split([4, 1, 5], 1)
-        nodes = torch.randn(len(images), 2, _NODES, _NODES, generator=generator).to(images.device)
+        size = len(images) if places is None else batch
+        draws = [torch.rand(size, 6, generator=generator), torch.rand(size, 10, generator=generator)]
+        draws.append(torch.randn(size, 2, _NODES, _NODES, generator=generator))
+        affine, others, nodes = ((draw if places is None else draw[places.cpu()]).to(images) for draw in draws)
+        affine, (crop, flip, erasing) = affine * 2 - 1, others.split([4, 1, 5], 1)
         # In bfloat16, which autocast would take for the grid, pixels of an image of 448 would jump by one.
         with torch.autocast(images.device.type, enabled=False):
             if any((self.rotation, self.scale, self.shear, self.shift, self.elastic, self.crop < 1, self.flip)):
@@ -83,7 +89,7 @@ class Augment:
         theta = torch.stack([along_x, along_y], 1) * size[:, :, None]
         grid = F.affine_grid(theta + F.pad(centre[:, :, None], (2, 0)), list(shape), align_corners=False)
         if self.elastic:
-            rows, columns = (_bicubic(length, nodes.device) for length in shape[2:])
+            rows, columns = (_bicubic(length, nodes) for length in shape[2:])
             nodes = nodes * size[:, :, None, None] * self.elastic
             grid = grid + torch.einsum("yi,bcij,xj->byxc", rows, nodes, columns)
         return grid
@@ -108,7 +114,9 @@ def _rectangles(draw: Tensor, smallest: float, largest: float, ratio: float) -> 
     return (2 * draw[:, 2:] - 1) * (1 - size), size
 
 
-def _bicubic(length: int, device: torch.device) -> Tensor:
+def _bicubic(length: int, like: Tensor) -> Tensor:
     """[length, 5]: the weights that enlarge the coarse grid's nodes to this many pixels."""
-    weights = F.interpolate(torch.eye(_NODES, device=device)[None, None], (length, _NODES), mode="bicubic", align_corners=True)
+    weights = F.interpolate(
+        torch.eye(_NODES, device=like.device, dtype=like.dtype)[None, None], (length, _NODES), mode="bicubic", align_corners=True
+    )
     return weights[0, 0]

@@ -110,6 +110,14 @@ class SiameseData(L.LightningDataModule):
         square = sum((flat(block) - mean[:, None]).square().sum(1) for block in blocks) / (count - 1)
         return {"mean": mean.tolist(), "std": square.sqrt().clamp(min=1e-6).tolist()}
 
+    def begin_at(self, batch: int) -> None:
+        """Leave out so many batches of the epoch that comes first: a run that was cut off has had them."""
+        self._training_loader.sampler.begin = batch
+
+    @property
+    def _share(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
     @cached_property
     def _training_loader(self) -> DataLoader:
         return self.loader(samples=self.train, seed=self.seed)
@@ -125,17 +133,22 @@ class SiameseData(L.LightningDataModule):
         _ = self._training_loader
 
     def train_dataloader(self) -> DataLoader:
+        """The same batches on every rank, each with the rank's own part of the inputs; before there is a trainer, with all of them."""
+        self.train.share = self._share
         return self._training_loader
 
     def val_dataloader(self) -> list[DataLoader]:
         """The validation samples that are watched, in order, to be embedded; where training brings its own tuples, fixed ones too.
 
-        These are those that it lists, else drawn by the labels, in training's share of positives.
+        These are those that it lists, else drawn by the labels, in training's share of positives. Ranks take turns.
         """
-        order = torch.arange(len(self.watched))
+        rank, ranks = self._share
+        order = torch.arange(len(self.watched))[rank::ranks]
         loaders = [DataLoader(self.watched, sampler=list(order.split(_BATCH)), batch_size=None)]
         training = self._training_loader
         if isinstance(training.dataset, (sampling.PairDataset, sampling.TripletDataset)):
             fixed = training.dataset.like(self.watched)
-            loaders.append(DataLoader(fixed, sampler=list(sampling.InOrder(fixed, training.sampler.batch_size)), batch_size=None))
+            batches = list(sampling.InOrder(fixed, training.sampler.batch_size))
+            # A rank without any would leave the others waiting for its loss.
+            loaders.append(DataLoader(fixed, sampler=batches[rank::ranks] if len(batches) >= ranks else batches, batch_size=None))
         return loaders

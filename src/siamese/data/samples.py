@@ -18,6 +18,7 @@ class Batch(NamedTuple):
         the batch; None where the labels are all there is and a miner, or the loss itself, forms the tuples.
     rows: int64 [B], where each input stands in its split, whose `ids` say where it came from.
     gallery: bool [B], which are the gallery that the others are compared with; None where each is compared with all others.
+    places: int64 [B'], where several processes share a batch: what `inputs`, this one's part, are in it. All else is of the whole.
     """
 
     inputs: Tensor
@@ -25,6 +26,7 @@ class Batch(NamedTuple):
     tuples: tuple[Tensor, ...] | None = None
     rows: Tensor | None = None
     gallery: Tensor | None = None
+    places: Tensor | None = None
 
 
 class Tuples(NamedTuple):
@@ -99,6 +101,7 @@ class Samples(Dataset):
             raise ValueError(f"gallery is {gallery.dtype} {list(gallery.shape)}: it must be torch.bool {list(labels.shape)}")
         self.inputs, self.labels, self.class_names, self.ids = inputs, labels.long(), class_names, ids
         self.gallery, self.tuples = gallery, tuples
+        self.share = (0, 1)
 
     @property
     def kind(self) -> str:
@@ -114,8 +117,20 @@ class Samples(Dataset):
         if isinstance(index, int):
             return self.inputs[index], int(self.labels[index])
         index = torch.as_tensor(index)
-        rows = index.nonzero().flatten() if index.dtype == torch.bool else index
-        return Batch(self.inputs[index], self.labels[index], None, rows, None if self.gallery is None else self.gallery[index])
+        return self.batch(index.nonzero().flatten() if index.dtype == torch.bool else index)
+
+    def batch(self, rows: Tensor, tuples: tuple[Tensor, ...] | None = None) -> Batch:
+        """The samples of these rows; of several processes, by `share` (this one, how many), each takes its part of the inputs.
+
+        Parts are of one size, at least 2, and take turns, so that each has samples of many classes. Where a batch cannot be cut so,
+        some of its samples are in two parts.
+        """
+        rank, ranks = self.share
+        places = None
+        if ranks > 1:
+            places = (rank + ranks * torch.arange(max(-(-len(rows) // ranks), 2))) % len(rows)
+        inputs = self.inputs[rows if places is None else rows[places]]
+        return Batch(inputs, self.labels[rows], tuples, rows, None if self.gallery is None else self.gallery[rows], places)
 
     def __repr__(self) -> str:
         shape = "texts" if self.kind == "texts" else " x ".join(map(str, self.inputs.shape[1:]))

@@ -2,7 +2,7 @@
 
 `balanced` draws P classes x K samples and leaves the tuples to the miner and the loss; `pairs` and `triplets` draw the
 tuples themselves, or hand out those that a file lists. Every draw follows from (seed, epoch) alone: nothing is stored, so
-a resumed run, or another rank, knows any epoch's batches.
+a resumed run knows any epoch's batches, and so does every rank, which takes its part of each.
 """
 
 import csv
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from siamese.data import listed
-from siamese.data.samples import Batch, Samples
+from siamese.data.samples import Samples
 
 log = logging.getLogger(__name__)
 _AHEAD = 64  # batches whose samples are chosen together
@@ -110,6 +110,7 @@ class BalancedBatchSampler(Sampler):
             log.warning("%d of %d classes have fewer than %d samples: they repeat samples", small, len(self.sizes), samples_per_class)
         self.first = np.cumsum(self.sizes) - self.sizes
         self.classes, self.samples_per_class, self.seed, self.epoch = classes, samples_per_class, seed, 0
+        self.begin = 0
 
     def __len__(self) -> int:
         return math.ceil(len(self.order) / (self.classes * self.samples_per_class))
@@ -119,7 +120,8 @@ class BalancedBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[int]]:
         # Lazily: Lightning sets the epoch after it has asked for the iterator; and some at a time, so that training need not wait.
-        chosen, visit = self._draws(self.epoch)
+        begin = _begin(self)
+        chosen, visit = (draws[begin:] for draws in self._draws(self.epoch))
         for first in range(0, len(chosen), _AHEAD):
             yield from self._samples(chosen[first : first + _AHEAD], visit[first : first + _AHEAD]).tolist()
 
@@ -281,7 +283,7 @@ class PairDataset(Dataset):
         alike, apart = same.nonzero().flatten(), (~same).nonzero().flatten()
         both = torch.cat([left, right])
         tuples = (alike, alike + len(left), apart, apart + len(left))
-        return Batch(self.samples.inputs[both], self.samples.labels[both], tuples, both)
+        return self.samples.batch(both, tuples)
 
 
 class TripletDataset(Dataset):
@@ -317,7 +319,7 @@ class TripletDataset(Dataset):
         if three[0].dim() == 0:
             return tuple(self.samples.inputs[i] for i in three)
         rows = torch.cat(three)
-        return Batch(self.samples.inputs[rows], self.samples.labels[rows], tuple(torch.arange(len(rows)).view(3, -1)), rows)
+        return self.samples.batch(rows, tuple(torch.arange(len(rows)).view(3, -1)))
 
 
 class ListedPairs(PairDataset):
@@ -472,7 +474,7 @@ class InOrder(Sampler):
     def __init__(self, dataset: PairDataset | TripletDataset, batch_size: int):
         if batch_size < 1:
             raise ValueError(f"sampling.batch_size={batch_size} must be at least 1")
-        self.dataset, self.batch_size = dataset, batch_size
+        self.dataset, self.batch_size, self.begin = dataset, batch_size, 0
 
     def __len__(self) -> int:
         return math.ceil(len(self.dataset) / self.batch_size)
@@ -481,4 +483,10 @@ class InOrder(Sampler):
         self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(torch.arange(len(self.dataset)).split(self.batch_size))
+        yield from torch.arange(len(self.dataset)).split(self.batch_size)[_begin(self) :]
+
+
+def _begin(sampler: BalancedBatchSampler | InOrder) -> int:
+    """With which batch this epoch begins, the first unless a run was cut off in the middle of it; all others with the first."""
+    begin, sampler.begin = sampler.begin, 0
+    return begin
