@@ -54,7 +54,8 @@ def targets(node: dict, name: str):
 
 def test_the_groups_of_the_contract_are_there():
     contract = (
-        "dataset sampling augmentation encoder distance loss miner optimizer scheduler trainer logger callbacks experiment debug paths"
+        "dataset sampling augmentation encoder distance loss miner optimizer scheduler trainer logger callbacks experiment cluster "
+        "debug paths"
     )
     assert set(contract.split()) <= set(plain("")["choices"])
 
@@ -83,7 +84,7 @@ def test_a_checkpoint_can_be_given(key, tmp_path):
 
 
 def test_all_that_may_be_left_out_has_a_none():
-    for group in ("augmentation", "miner", "scheduler", "logger", "callbacks", "experiment", "debug"):
+    for group in ("augmentation", "miner", "scheduler", "logger", "callbacks", "experiment", "cluster", "debug"):
         assert "none" in available(group)
         assert composed(group, "none")["choices"][group] == "none"
 

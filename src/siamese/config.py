@@ -8,6 +8,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import json
 import logging
 import math
 import os
@@ -24,7 +25,7 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import Glob, IntervalSweep, Override
 from hydra.errors import CompactHydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -35,6 +36,9 @@ os.environ.setdefault("SIAMESE_DATA_DIR", str(ROOT / "data"))
 # Before torch is imported: threads that wait spin briefly, then sleep. With another process on one of two cores, libgomp's
 # own way made a training step take ten times as long.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# As the user set it: `launch` sets it for Hydra.
+FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
 
 # Keys of a group's YAML that tell us something and are no arguments of its `_target_`.
 NO_ARGUMENTS = {
@@ -59,8 +63,11 @@ class InputError(Exception):
 
 def launch(task: Callable[[dict], dict], config_name: str) -> None:
     """Run `task(config)` under Hydra; bad input ends in one or two lines and exit code 1, with HYDRA_FULL_ERROR=1 in a traceback."""
-    full, scratch = os.environ.pop("HYDRA_FULL_ERROR", "0") == "1", None
+    returned = os.environ.pop("SIAMESE_RETURN", None)  # of the launcher `processes`, to this process and none that it starts
+    scratch, first = None, None
     if rank_from_outside():  # the first rank speaks and writes for all, whatever the others write is thrown away
+        first = next((arg for arg in reversed(sys.argv) if arg.startswith("hydra.run.dir=")), None)
+        first = OverridesParser.create().parse_override(first).value() if first else None
         scratch = tempfile.TemporaryDirectory(prefix="siamese-")
         sys.argv += [f"hydra.run.dir={scratch.name}", "hydra.output_subdir=null", "hydra/job_logging=none"]
 
@@ -68,10 +75,13 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
         runtime, rank = HydraConfig.get(), rank_from_outside()  # a launcher may have brought this to another process
         if rank:
             logging.disable(logging.ERROR)
-        sweep = runtime.mode is not None and runtime.mode.name == "MULTIRUN"
+        single = runtime.mode is None or runtime.mode.name == "RUN"
+        sweep = not OmegaConf.is_missing(runtime.job, "num")  # single too, where the launcher gives each job a process
         try:
             config = check(cfg, dict(runtime.runtime.choices), list(runtime.overrides.task), config_name)
-            place = config["paths"]["output_dir"] if rank and not sweep else runtime.runtime.output_dir
+            if not single and _in_its_process(runtime.launcher) and (why := starts_processes(config)):
+                raise InputError(f"{why} starts processes, each of which would run the whole sweep again: say cluster=processes")
+            place = (first or config["paths"]["output_dir"]) if scratch else runtime.runtime.output_dir
             if config.get("resume") and (found := newest_checkpoint(Path(place, "checkpoints"))):
                 config["ckpt"], config["init_from"] = found, None
             config["sweep"] = Path(runtime.sweep.dir).name if sweep else None
@@ -81,23 +91,27 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
         except InputError as error:
             if sweep:
                 log.error("job failed: %s", error)
-            elif not full:
+            if single and (rank or not FULL_ERROR):
                 where = f" (rank {rank})" if rank else ""
-                sys.exit(f"error{where}: {error}")  # not through Hydra, which would print all overrides above it
+                sys.exit(1 if sweep else f"error{where}: {error}")  # not through Hydra, which would print all overrides above it
             raise
-        return figures.get(config.get("optimized_metric"))
+        value = figures.get(config.get("optimized_metric"))
+        if returned:
+            Path(f"{returned}.part").write_text(json.dumps(value))
+            os.replace(f"{returned}.part", returned)
+        return value
 
     sys.unraisablehook = interrupt_again
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands its errors to us instead of printing them
     try:
-        preflight(sys.argv[1:], config_name)
+        sys.argv += preflight(sys.argv[1:], config_name)
         hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)(job)()
     except BrokenPipeError:  # the reader of --help | head has gone
         sys.stderr.close()
         sys.exit(1)
     except (InputError, CompactHydraException, OmegaConfBaseException, OSError, ValueError) as error:
         known = isinstance(error, InputError) or not _raised_by_job(error)
-        if full or not known:
+        if FULL_ERROR or not known:
             raise
         sys.exit(1 if scratch else f"error: {explain(error, sys.argv[1:], config_name)}")
     finally:
@@ -175,33 +189,82 @@ def _compose(overrides: list[str], config_name: str) -> DictConfig:
         return hydra.compose(config_name, overrides, return_hydra_config=True)
 
 
-def preflight(arguments: list[str], config_name: str) -> None:
-    """Check every job of a command line before the first one starts, so that bad input leaves no directory behind."""
+def preflight(arguments: list[str], config_name: str) -> list[str]:
+    """Check every job of a command line before the first one starts, so that bad input leaves no directory behind.
+
+    Returns: what the command line must say too, the launcher of a sweep whose jobs start processes of their own.
+    """
     flags = [a for a in arguments if a.startswith("-")]
     if set(flags) - {"-m", "--multirun"}:
-        return  # --help, --cfg, --config-dir ...: Hydra's business
+        return []  # --help, --cfg, --config-dir ...: Hydra's business
     overrides = [a for a in arguments if not a.startswith("-")]
     places = ("paths.output_dir=", "hydra.run.dir=", "hydra.sweep.dir=")
     if "resume=auto" in overrides and "SLURM_STEP_ID" not in os.environ and not any(o.startswith(places) for o in overrides):
         where = "hydra.sweep.dir=DIR" if flags else "paths.output_dir=DIR"
         raise InputError(f"resume=auto goes on where the same command has been before: say {where} to both")
+    if flags and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise InputError("a sweep starts the ranks of each of its jobs by itself: leave torchrun away")
     parsed = OverridesParser.create().parse_overrides(overrides)
     mine = [o for o in parsed if not o.key_or_group.startswith("hydra")]
     if flags and any(o.key_or_group == "paths.output_dir" for o in mine):
         raise InputError("paths.output_dir is one run's directory: for a sweep say hydra.sweep.dir=DIR")
     if not flags:
         jobs = [[o.input_line for o in mine]]
-    elif all(o.is_discrete_sweep() for o in mine if o.is_sweep_override()):
+    else:
         choices = [[f"{o.get_key_element()}={v}" for v in _swept(o)] if o.is_sweep_override() else [o.input_line] for o in mine]
         jobs = [list(job) for job in itertools.islice(itertools.product(*choices), _CHECKED_JOBS)]
-    else:
-        return  # intervals: the sweeper draws the jobs, each is checked when it starts
+    reasons = []
     for job in jobs:
-        compose(job, config_name)
+        config = compose(job, config_name)
+        if config["choices"].get("cluster", "none") == "none" and (why := starts_processes(config)):
+            reasons.append(why)
+    if not flags or not reasons or any(o.key_or_group in ("cluster", "hydra/launcher") for o in parsed):
+        return []
+    print(f"hydra/launcher=processes is chosen, a process for each job: {reasons[0]} starts several", flush=True)
+    return ["hydra/launcher=processes"]
+
+
+def starts_processes(config: dict) -> str | None:
+    """What makes Lightning start processes that run the same command line; None when it does not."""
+    trainer = config.get("trainer", {})
+    devices, nodes, strategy = trainer.get("devices", 1), trainer.get("num_nodes", 1), trainer.get("strategy", "auto")
+    if str(strategy) not in ("auto", "single_device"):
+        return f"trainer.strategy={strategy}"
+    if str(devices) != "1" and not (isinstance(devices, list) and len(devices) == 1):
+        return f"trainer.devices={devices}"
+    return f"trainer.num_nodes={nodes}" if nodes != 1 else None
+
+
+def _in_its_process(launcher: DictConfig) -> bool:
+    """Does this launcher run a job in a process that has the sweep's command line?"""
+    return launcher._target_.rpartition(".")[2] in ("BasicLauncher", "JoblibLauncher")
+
+
+def places(config: dict) -> int:
+    """How many of the devices listed in `cluster.devices` one job takes; 0 when none are listed.
+
+    Raises:
+        InputError: `cluster` asks for what cannot be.
+    """
+    cluster, wanted = config.get("cluster", {}), config.get("trainer", {}).get("devices", 1)
+    jobs, devices = cluster.get("jobs"), cluster.get("devices")
+    if jobs is not None and (type(jobs) is not int or jobs < 1):
+        raise InputError(f"cluster.jobs={jobs} must be a whole number from 1, or null")
+    if devices is None:
+        return 0
+    if not isinstance(devices, list) or not devices or not all(type(device) in (int, str) for device in devices):
+        raise InputError(f"cluster.devices={devices} must be a list, as in cluster.devices=[0,1]")
+    if isinstance(wanted, list):
+        raise InputError(f"trainer.devices={wanted} names devices, and so does cluster.devices: say trainer.devices={len(wanted)}")
+    if isinstance(wanted, int) and wanted > len(devices):
+        raise InputError(f"trainer.devices={wanted} is more than the {len(devices)} of cluster.devices={devices}")
+    return wanted if isinstance(wanted, int) and wanted > 0 else len(devices)  # auto takes all it sees
 
 
 def _swept(override: Override) -> Iterable[str]:
     values = override.value()
+    if isinstance(values, IntervalSweep):  # the sweeper draws the jobs, each is checked when it starts: one stands for all
+        return [str(values.start)]
     if not isinstance(values, Glob):
         return override.sweep_string_iterator()
     group = override.key_or_group
@@ -253,6 +316,7 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
         raise InputError(
             f"dataset.path: there is no {path}. Fetch it ({origin}), or say where it lies: SIAMESE_DATA_DIR=DIR or dataset.path=DIR"
         )
+    places(config)
     return {**config, "choices": choices, "overrides": overrides, "sweep": None}
 
 
