@@ -82,7 +82,7 @@ def seen(directory: Path) -> dict:
 def broken(python, stand_in, tmp_path_factory):
     """A sweep whose middle jobs fail, started as a rank of something else, and a directory whose name must be quoted."""
     folder = tmp_path_factory.mktemp("broken") / "a b,c=d"
-    ranks = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "none", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_PORT": "1", "WORLD_SIZE": "4", "SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}
     overrides = ("cluster=processes", "seed=1,2,5", "trainer.max_epochs=3", f"hydra.sweep.dir='{folder}'")
     return python(stand_in, "-m", *overrides, **ranks), folder
 
