@@ -4,6 +4,7 @@
     python train.py loss=triplet miner=semihard                          # swap a choice of any group in conf/
     python train.py loss=triplet loss.margin=0.1 trainer.max_epochs=50   # or a value
     python train.py -m loss=triplet,contrastive,supcon miner=semihard,hard   # a sweep: every combination, one run each
+    python train.py -m search=optuna 'optimizer.lr=tag(log,interval(1e-4,1e-2))'  # Optuna; the same command goes on where it was
     python train.py dataset=omniglot encoder=conv4 loss=triplet miner=semihard
     python train.py sampling=pairs loss=contrastive distance=euclidean
     python train.py sampling=triplets loss=triplet

@@ -1,20 +1,24 @@
 """Put runs side by side: what differed between them, and the figures, mean ± standard deviation over seeds.
 
-    python scripts/compare.py logs/train/multiruns/<stamp>
-    python scripts/compare.py logs/train/runs/<one> logs/train/runs/<other> --figures recall_at_1 eer --csv table.csv
+    python scripts/compare.py logs/train/multiruns/<stamp> --plot comparison.png
+    python scripts/compare.py logs/train/runs/<one> logs/train/runs/<other> --figures recall_at_1 eer --csv table.csv --markdown table.md
 
-Takes run directories, and directories that hold some (a sweep, or logs/ itself). Runs whose configuration differs in nothing but
-`seed` are one row. The best row by the first figure comes first, and a figure is marked where a paired test does not support that
-it differs from the first row's.
+Takes run directories, and directories that hold some (a sweep, a search, or logs/ itself). Runs whose configuration differs in
+nothing but `seed` are one row. The best row by the first figure comes first, and a figure is marked where a paired test does not
+support that it differs from the first row's. Runs that were judged on other data are in a table of their own.
 """
 
 import argparse
+import contextlib
 import csv
 import functools
 import json
+import math
+import os
 import statistics
 import sys
-from collections.abc import Iterable
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +27,22 @@ import numpy as np
 FIGURES = ["map_at_r", "recall_at_1", "auc", "eer", "oneshot_20way", "omniglot_error"]
 PER_CLASS = ("recall_at_1", "map_at_r")  # results.npz holds their means over the queries of each class
 LEVEL = 0.05
+UNCOMPARED = ("paths", "search", "cluster")  # how and where a run was made
+PICTURES, DRAWN = (".png", ".pdf", ".svg"), 40  # and the rows of a table that have room in one
 
 
 class Table(NamedTuple):
-    """What is shown. Each row is a dict: runs (names), said (what differed), figures {name: (mean, sd)}, seconds, tests {name: Tested}."""
+    """What is shown of the runs that were judged on one set of data: the choice of it, and the fingerprint of what they were judged on.
 
+    Each row is a dict: runs (names), said (what differed), figures {name: (mean, sd)}, values {name: of each seed}, seconds, and
+    tests {name: Tested}.
+    """
+
+    dataset: str
+    fingerprint: str
     differ: list[str]
     figures: list[str]
     rows: list[dict]
-    left_out: list[str]
 
 
 class Tested(NamedTuple):
@@ -50,16 +61,22 @@ def find_runs(places: list[str]) -> list[Path]:
 
 
 def read_run(run: Path) -> dict:
-    """Choices and values of the configuration of a finished run as flat strings, and its figures, without their intervals."""
+    """Choices and values of the configuration of a finished run as flat strings, the fingerprints of its data, and its figures.
+
+    Raises whatever a damaged file leads to.
+    """
     from omegaconf import OmegaConf
 
     hydra = OmegaConf.load(run / ".hydra" / "hydra.yaml").hydra
-    choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if not group.startswith("hydra")}
+    choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if not group.startswith(("hydra", *UNCOMPARED))}
     config = OmegaConf.to_container(OmegaConf.load(run / ".hydra" / "config.yaml"), resolve=False)
-    values = dict(_leaves({key: value for key, value in config.items() if key != "paths"}))
+    values = dict(_leaves({key: value for key, value in config.items() if key not in UNCOMPARED}))
     metrics = json.loads((run / "metrics.json").read_text())
-    figures = {name: value for name, value in metrics.items() if not name.endswith("_ci95")}
-    return {"path": run, "choices": choices, "values": values, "figures": figures}
+    figures = {name: value for name, value in metrics.items() if not name.endswith("_ci95") and math.isfinite(value)}
+    provenance = run / "provenance.json"
+    data = json.loads(provenance.read_text())["data"] if provenance.is_file() else {}
+    values |= {"data.train": data["train"]} if "train" in data else {}  # beside what differs of the configuration
+    return {"path": run, "choices": choices, "values": values, "figures": figures, "data": data}
 
 
 def _leaves(node, prefix: str = ""):
@@ -99,7 +116,7 @@ def class_means(run: Path, split: str) -> dict | None:
 
     try:
         result = EvaluationResult.load(run / "results.npz")[split]
-    except (OSError, KeyError):  # no such file, or one written before there were means of classes
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):  # none, damaged, or of before there were means of classes
         return None
     found = {name: getattr(result, f"class_{name}", None) for name in ("queries", *PER_CLASS)}
     return None if any(values is None for values in found.values()) else {"names": list(result.class_names), **found}
@@ -156,32 +173,54 @@ def probability(difference: float, parts: list[tuple[float, int]]) -> float:
     return float(2 * t.sf(abs(difference) / variance**0.5, freedom))
 
 
-def table(places: list[str], figures: list[str], split: str | None = None, each: bool = False) -> Table:
-    """The rows, best first. Figures are of `split`, by default of test, where all finished runs have it, else of val."""
+def tables(places: list[str], figures: list[str], split: str | None = None, each: bool = False) -> tuple[list[Table], list[str]]:
+    """A table for each set of data, and a line for each run that is in none."""
     paths = find_runs(places)
     if not paths:
         sys.exit(f"error: no run (a directory with .hydra/) in {', '.join(places)}")
-    runs = [read_run(path) for path in paths if (path / "metrics.json").is_file()]
-    left_out = [f"unfinished, left out: {path}" for path in paths if not (path / "metrics.json").is_file()]
-    if not runs:
+    runs, left_out = [], [f"unfinished, left out: {path}" for path in paths if not (path / "metrics.json").is_file()]
+    if len(left_out) == len(paths):
         sys.exit(f"error: none of the {len(paths)} runs has a metrics.json: they did not finish")
-    if split is None:
-        split = "test" if all(any(name.startswith("test/") for name in run["figures"]) for run in runs) else "val"
-    shown = [f"{split}/{name}" for name in figures if any(f"{split}/{name}" in run["figures"] for run in runs)]
-    if not shown:
-        sys.exit(f"error: no run has a figure {split}/{figures[0]}")
+    for path in paths:
+        if (path / "metrics.json").is_file():
+            try:
+                runs.append(read_run(path))
+            except Exception as error:  # whatever a damaged file leads to
+                why = next(iter(str(error).splitlines()), "")
+                left_out.append(f"damaged, left out: {path} ({type(error).__name__}: {why})")
+    if not runs:
+        sys.exit("\n".join(["error: no run is whole", *left_out]))
+    if not each:
+        rows, repeated = by_seed(runs)
+        runs = [run for row in rows for run in row.values()]
+        left_out += [f"run again later with the same seed, left out: {path}" for path in repeated]
+    found = []
+    for dataset in dict.fromkeys(run["choices"].get("dataset", "") for run in runs):
+        some = [run for run in runs if run["choices"].get("dataset", "") == dataset]
+        judged = split or ("test" if all(any(name.startswith("test/") for name in run["figures"]) for run in some) else "val")
+        shown = [f"{judged}/{name}" for name in figures]
+        for fingerprint in dict.fromkeys(run["data"].get(judged, "") for run in some):
+            alike = [run for run in some if run["data"].get(judged, "") == fingerprint]
+            if any(name in run["figures"] for run in alike for name in shown):
+                found.append(table(dataset, fingerprint, alike, shown, each))
+            else:
+                left_out += [f"without {' or '.join(shown)}, left out: {run['path']}" for run in alike]
+    if not found:
+        sys.exit(f"error: no run has a figure {shown[0]}")
+    return found, left_out
 
-    from siamese.evaluation import higher_is_better
 
-    groups, repeated = ([{"": run} for run in runs], []) if each else by_seed(runs)
-    left_out += [f"run again later with the same seed, left out: {path}" for path in repeated]
+def table(dataset: str, fingerprint: str, runs: list[dict], shown: list[str], each: bool) -> Table:
+    """The rows of runs that were judged on the same data, best first."""
+    shown = [name for name in shown if any(name in run["figures"] for run in runs)]
+    groups = [{"": run} for run in runs] if each else by_seed(runs)[0]
     differ = [key for key in differences(runs) if each or key != "seed"]
-    sign = -1 if higher_is_better(shown[0]) else 1
+    sign = -1 if higher(shown[0]) else 1
     summaries = [summary(group, differ, shown) for group in groups]
     order = sorted(range(len(groups)), key=lambda i: sign * summaries[i]["figures"].get(shown[0], (sign * float("inf"),))[0])
     for i in [] if each else order[1:]:
         summaries[i]["tests"] = {name: compare(groups[i], groups[order[0]], name) for name in summaries[i]["figures"]}
-    return Table(differ, shown, [summaries[i] for i in order], left_out)
+    return Table(dataset, fingerprint, differ, shown, [summaries[i] for i in order])
 
 
 def summary(group: dict[str, dict], differ: list[str], shown: list[str]) -> dict:
@@ -191,18 +230,97 @@ def summary(group: dict[str, dict], differ: list[str], shown: list[str]) -> dict
     moments = {name: (statistics.mean(some), statistics.stdev(some) if len(some) > 1 else None) for name, some in values.items() if some}
     seconds = moments.pop("seconds/fit", (None,))[0]
     said = [runs[0]["choices"].get(key, runs[0]["values"].get(key, "")) for key in differ]
-    return {"runs": [run["path"].name for run in runs], "said": said, "figures": moments, "seconds": seconds, "tests": {}}
+    return {"runs": [run["path"].name for run in runs], "said": said, "figures": moments, "values": values, "seconds": seconds, "tests": {}}
 
 
-def csv_lines(found: Table, each: bool) -> list[list]:
-    """Header and rows in full precision, a mean and its standard deviation in columns of their own."""
-    columns = [(name, i) for name in found.figures for i in range(1 if each else 2)]
+def csv_lines(found: list[Table], each: bool) -> list[list]:
+    """Header and rows of all tables in full precision, a mean and its standard deviation in columns of their own."""
+    differ, figures = (list(dict.fromkeys(key for one in found for key in getattr(one, keys))) for keys in ("differ", "figures"))
+    columns = [(name, i) for name in figures for i in range(1 if each else 2)]
     seeds = [] if each else ["seeds"]
-    lines = [["run", *found.differ, *seeds, *(name + "_sd" * i for name, i in columns), "seconds/fit"]]
-    for row in found.rows:
-        values = [row["figures"][name][i] if name in row["figures"] else None for name, i in columns]
-        lines.append([" ".join(row["runs"]), *row["said"], *([len(row["runs"])] * len(seeds)), *values, row["seconds"]])
+    lines = [["dataset", "data", "run", *differ, *seeds, *(name + "_sd" * i for name, i in columns), "seconds/fit"]]
+    for one in found:
+        for row in one.rows:
+            said = dict(zip(one.differ, row["said"], strict=True))
+            values = [row["figures"][name][i] if name in row["figures"] else None for name, i in columns]
+            names = [one.dataset, one.fingerprint, " ".join(row["runs"]), *(said.get(key) for key in differ)]
+            lines.append([*names, *([len(row["runs"])] * len(seeds)), *values, row["seconds"]])
     return lines
+
+
+def markdown(found: list[Table], left_out: list[str], each: bool) -> str:
+    """The tables as they are shown, and the lines under them."""
+    lines = []
+    for one in found:
+        columns = [*(one.differ or ["run"]), *([] if each else ["seeds"]), *(name.partition("/")[2] for name in one.figures)]
+        words = len(columns) - len(one.figures) - (not each)
+        lines += [f"### {title(one, found, each)}", "", f"| {' | '.join(columns)} |"]
+        lines += ["|" + " --- |" * words + " ---: |" * (len(columns) - words)]
+        for row in one.rows:
+            said = [*(row["said"] or [" ".join(row["runs"])]), *([] if each else [str(len(row["runs"]))])]
+            lines.append(f"| {' | '.join([*said, *(cell(row, name) for name in one.figures)])} |")
+        lines += ["", *([f"{explanation(one)}.", ""] if explanation(one) else [])]
+    return "\n".join([*lines, *(f"- {line}" for line in left_out)]).strip() + "\n"
+
+
+def title(one: Table, found: list[Table], each: bool) -> str:
+    """What the table is of, with the fingerprint of the data where its name does not tell it from another table's."""
+    ambiguous = sum(other.dataset == one.dataset for other in found) > 1
+    data = f"{one.dataset} ({one.fingerprint[:8] or 'of unknown data'})" if ambiguous else one.dataset
+    split = one.figures[0].partition("/")[0]
+    return f"{data + ', ' if data else ''}figures of the {split} split, best first" + ("" if each else ", mean ± sd over seeds")
+
+
+def draw(found: list[Table], each: bool, to: Path) -> None:
+    """The first figure of every row: its mean and standard deviation over seeds, and a dot for each seed; a panel for each table."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sizes = [min(len(one.rows), DRAWN) for one in found]
+    height = sum(0.3 * size + 1.1 for size in sizes)
+    figure, panels = plt.subplots(
+        len(found), 1, figsize=(8, height), height_ratios=[size + 0.6 for size in sizes], layout="constrained", dpi=130, squeeze=False
+    )
+    for axis, one, size in zip(panels[:, 0], found, sizes, strict=True):
+        name, rows = one.figures[0], [row for row in one.rows[:size] if one.figures[0] in row["figures"]]
+        for place, row in enumerate(rows):
+            (mean, sd), values = row["figures"][name], row["values"][name]
+            # Blue for what is best, and grey where a test does not tell it from that.
+            colour = "#0072B2" if place == 0 else "#595959" if cell(row, name)[-1] in "~?" else "#D55E00"
+            axis.plot(values, [place] * len(values), "o", color=colour, markersize=3, alpha=0.4)
+            axis.errorbar(mean, place, xerr=sd, fmt="D", color=colour, markersize=5, capsize=3, linewidth=1.4)
+        labels = [", ".join(row["said"]) or " ".join(row["runs"]) for row in rows]
+        axis.set_yticks(range(len(rows)), [label if len(label) < 60 else f"{label[:57]}..." for label in labels], fontsize=8)
+        axis.set_ylim(len(rows) - 0.4, -0.6)
+        said = f"{', '.join(one.differ)}" + (f", the best {size} of {len(one.rows)}" if size < len(one.rows) else "")
+        axis.set_title(f"{title(one, found, each)}\n{said}" if said else title(one, found, each), fontsize=9, loc="left")
+        axis.set_xlabel(name.partition("/")[2] + ("" if higher(name) else ", lower is better"), fontsize=9)
+        axis.tick_params("x", labelsize=8)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    if not each:
+        figure.supxlabel(
+            "diamonds and bars: mean and standard deviation, dots: seeds; grey: no supported difference from the best", fontsize=8
+        )
+    with replacing(to) as partial:
+        figure.savefig(partial, format=to.suffix[1:])
+    plt.close(figure)
+
+
+def higher(name: str) -> bool:
+    from siamese.evaluation import higher_is_better
+
+    return higher_is_better(name)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to this one; it takes the place of the other when all is written."""
+    partial = path.with_name(f"{path.name}.part")
+    yield partial
+    os.replace(partial, path)
 
 
 def cell(row: dict, name: str, joint: str = " ± ") -> str:
@@ -242,53 +360,64 @@ def span(counts: Iterable[int], what: str) -> str:
     return f"{high} {what}" if low == high > 0 else f"{low} to {high} {what}" if high else ""
 
 
-def show(found: Table, each: bool) -> None:
+def show(found: list[Table], left_out: list[str], each: bool) -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
-    title = f"figures of the {found.figures[0].partition('/')[0]} split, best first" + ("" if each else ", mean ± sd over seeds")
-    grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title, title_justify="left")
-    for heading in ["run", *found.differ, *([] if each else ["seeds"])]:
-        grid.add_column(heading.replace(".", ".\n").replace("_", "_\n", 1), overflow="fold")
-    # A figure is on one line, and names fold, where that leaves them some room.
-    roomy = 28 + 7 * len(found.differ) + (8 if each else 19) * len(found.figures) <= console.width
-    for name in found.figures:
-        grid.add_column(name.partition("/")[2].replace("_", "_\n", 1), overflow="fold", no_wrap=roomy)
-    grid.add_column("seconds/\nfit", justify="right")
-    for row in found.rows:
-        names = row["runs"] if len(row["runs"]) < 3 else [row["runs"][0], "…", row["runs"][-1]]
-        seeds = [] if each else [str(len(row["runs"]))]
-        seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        grid.add_row(
-            " ".join(names), *row["said"], *seeds, *(cell(row, name, " ± " if roomy else "\n± ") for name in found.figures), seconds
-        )
-    console.print(grid)
-    if any(row["tests"] for row in found.rows):
-        console.print(explanation(found), highlight=False)
-    for line in found.left_out:
-        console.print(line, style="yellow")
+    for one in found:
+        grid = Grid(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=title(one, found, each), title_justify="left")
+        for heading in ["run", *one.differ, *([] if each else ["seeds"])]:
+            grid.add_column(heading.replace(".", ".\n").replace("_", "_\n", 1), overflow="fold")
+        # A figure is on one line, and names fold, where that leaves them some room.
+        roomy = 28 + 7 * len(one.differ) + (8 if each else 19) * len(one.figures) <= console.width
+        for name in one.figures:
+            grid.add_column(name.partition("/")[2].replace("_", "_\n", 1), overflow="fold", no_wrap=roomy)
+        grid.add_column("seconds/\nfit", justify="right")
+        for row in one.rows:
+            names = row["runs"] if len(row["runs"]) < 3 else [row["runs"][0], "…", row["runs"][-1]]
+            seeds = [] if each else [str(len(row["runs"]))]
+            seconds = "" if row["seconds"] is None else f"{row['seconds']:.0f}"
+            cells = (cell(row, name, " ± " if roomy else "\n± ") for name in one.figures)
+            grid.add_row(" ".join(names), *row["said"], *seeds, *cells, seconds)
+        console.print(grid)
+        if any(row["tests"] for row in one.rows):
+            console.print(explanation(one), highlight=False)
+    for line in left_out:
+        console.print(line, style="yellow", highlight=False, soft_wrap=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("places", nargs="+", metavar="DIR", help="runs, or directories that hold some")
+    parser.add_argument("places", nargs="*", default=["logs"], metavar="DIR", help="runs, or directories that hold some (default: logs)")
     parser.add_argument(
         "--figures", nargs="+", default=FIGURES, metavar="NAME", help=f"which, best by the first (default: {' '.join(FIGURES)})"
     )
     parser.add_argument("--split", choices=["val", "test"], help="default: test, or val when a run has not looked at test")
     parser.add_argument("--each", action="store_true", help="a row for each run, untested")
-    parser.add_argument("--csv", metavar="FILE", help="write the table there too")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the tables there too, in full precision")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write them there as they are shown")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the first figure there ({', '.join(PICTURES)})")
     arguments = parser.parse_args()
     for place in arguments.places:
         if not Path(place).is_dir():
             sys.exit(f"error: {place} is no directory")
-    found = table(arguments.places, arguments.figures, arguments.split, arguments.each)
-    if arguments.csv:
-        with open(arguments.csv, "w", newline="") as file:
-            csv.writer(file).writerows(csv_lines(found, arguments.each))
-    show(found, arguments.each)
+    if arguments.plot and arguments.plot.suffix not in PICTURES:
+        sys.exit(f"error: --plot {arguments.plot} must end in one of {', '.join(PICTURES)}")
+    found, left_out = tables(arguments.places, arguments.figures, arguments.split, arguments.each)
+    show(found, left_out, arguments.each)
+    try:
+        if arguments.csv:
+            with replacing(arguments.csv) as partial, partial.open("w", newline="") as file:
+                csv.writer(file).writerows(csv_lines(found, arguments.each))
+        if arguments.markdown:
+            with replacing(arguments.markdown) as partial:
+                partial.write_text(markdown(found, left_out, arguments.each))
+        if arguments.plot:
+            draw(found, arguments.each, arguments.plot)
+    except OSError as error:
+        sys.exit(f"error: {error.filename} cannot be written: {error.strerror}")
 
 
 if __name__ == "__main__":

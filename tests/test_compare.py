@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from pytorch_metric_learning.distances import CosineSimilarity
 from scipy.stats import t, ttest_ind, ttest_rel
 
@@ -41,6 +42,16 @@ def printed(capsys, monkeypatch, *arguments):
     return capsys.readouterr().out
 
 
+def only(places, figures, **how):
+    """The one table of these places."""
+    (found,), _ = compare.tables(places, figures, **how)
+    return found
+
+
+def left_out(places):
+    return compare.tables(places, ["map_at_r"])[1]
+
+
 @pytest.fixture
 def sweep(tmp_path):
     made_up(tmp_path / "0", "triplet", 0, **{MAP: 0.65, "test/eer": 0.2, "val/map_at_r": 0.9, "test/map_at_r_ci95": [0.4, 0.6]})
@@ -54,50 +65,50 @@ def sweep(tmp_path):
 
 
 def test_runs_that_differ_in_their_seed_are_one_row_with_mean_and_spread(sweep):
-    found = compare.table([str(sweep)], ["map_at_r", "eer"])
+    found = only([str(sweep)], ["map_at_r", "eer"])
     assert (found.differ, found.figures) == (["loss"], [MAP, "test/eer"])
     assert [(row["runs"], row["said"]) for row in found.rows] == [(["0"], ["triplet"]), (["1", "2"], ["supcon"])]
     assert found.rows[0]["figures"][MAP] == (0.65, None)
     assert found.rows[1]["figures"][MAP] == pytest.approx((0.6, math.sqrt(0.02)))
     assert found.rows[1]["seconds"] == pytest.approx(12.3)
-    assert found.left_out == [f"unfinished, left out: {sweep / '10'}"]
+    assert left_out([str(sweep)]) == [f"unfinished, left out: {sweep / '10'}"]
 
 
 def test_the_lowest_error_comes_first_and_who_lacks_the_figure_last(sweep):
     made_up(sweep / "3", "arcface", 0, **{MAP: 0.9})
-    rows = compare.table([str(sweep)], ["eer"], each=True).rows
+    rows = only([str(sweep)], ["eer"], each=True).rows
     assert [row["runs"] for row in rows] == [["2"], ["0"], ["1"], ["3"]]
 
 
 def test_each_shows_a_row_for_each_run_and_tests_none(sweep):
-    found = compare.table([str(sweep)], ["map_at_r", "eer"], each=True)
+    found = only([str(sweep)], ["map_at_r", "eer"], each=True)
     assert found.differ == ["loss", "seed"]
     assert [row["said"] for row in found.rows] == [["supcon", "0"], ["triplet", "0"], ["supcon", "1"]]
     assert not any(row["tests"] for row in found.rows)
-    header, first, *_ = compare.csv_lines(found, each=True)
-    assert header == ["run", "loss", "seed", MAP, "test/eer", "seconds/fit"]
-    assert first == ["1", "supcon", "0", 0.7, 0.3, 12.3]
+    header, first, *_ = compare.csv_lines([found], each=True)
+    assert header == ["dataset", "data", "run", "loss", "seed", MAP, "test/eer", "seconds/fit"]
+    assert first == ["", "", "1", "supcon", "0", 0.7, 0.3, 12.3]
 
 
 def test_validation_is_compared_where_a_run_has_not_looked_at_test(sweep):
     made_up(sweep / "3", "supcon", 3, **{"val/map_at_r": 0.95})
-    found = compare.table([str(sweep)], ["map_at_r"])
+    found = only([str(sweep)], ["map_at_r"])
     assert found.figures == ["val/map_at_r"]
     assert found.rows[1]["runs"] == ["1", "2", "3"]
 
 
 def test_a_seed_run_twice_counts_once_and_the_later_run_stands(sweep):
     made_up(sweep / "11", "supcon", 1, **{MAP: 0.8, "test/eer": 0.1})
-    found = compare.table([str(sweep)], ["map_at_r"])
+    found = only([str(sweep)], ["map_at_r"])
     assert found.rows[0]["runs"] == ["1", "11"]
     assert found.rows[0]["figures"][MAP][0] == pytest.approx(0.75)
-    assert f"run again later with the same seed, left out: {sweep / '2'}" in found.left_out
+    assert f"run again later with the same seed, left out: {sweep / '2'}" in left_out([str(sweep)])
 
 
 def test_a_difference_beside_the_seed_makes_another_row(sweep):
     config = sweep / "2" / ".hydra" / "config.yaml"
     config.write_text(config.read_text().replace("0.5", "0.25"))
-    found = compare.table([str(sweep)], ["map_at_r"])
+    found = only([str(sweep)], ["map_at_r"])
     assert [row["runs"] for row in found.rows] == [["1"], ["0"], ["2"]]
 
 
@@ -114,7 +125,7 @@ def test_the_csv_holds_means_and_spreads_in_full(sweep, tmp_path):
     assert max(map(len, done.stdout.splitlines())) <= 160
     with file.open() as lines:
         written = list(csv.DictReader(lines))
-    assert list(written[0]) == ["run", "loss", "seeds", MAP, f"{MAP}_sd", "test/eer", "test/eer_sd", "seconds/fit"]
+    assert list(written[0]) == ["dataset", "data", "run", "loss", "seeds", MAP, f"{MAP}_sd", "test/eer", "test/eer_sd", "seconds/fit"]
     assert [row["seeds"] for row in written] == ["1", "2"]
     assert (float(written[0][MAP]), written[0][f"{MAP}_sd"]) == (0.65, "")
     assert float(written[1][f"{MAP}_sd"]) == statistics.stdev([0.7, 0.5])
@@ -131,9 +142,9 @@ def test_it_says_what_is_wrong_in_a_line(arguments, says):
 def test_a_sweep_of_which_nothing_is_finished_is_said_in_a_line(tmp_path):
     (tmp_path / "0" / ".hydra").mkdir(parents=True)  # starting: Hydra has not written into it yet
     with pytest.raises(SystemExit, match="none of the 1 runs has a"):
-        compare.table([str(tmp_path)], ["map_at_r"])
+        only([str(tmp_path)], ["map_at_r"])
     made_up(tmp_path / "1", "supcon", 0, **{MAP: 0.5})
-    assert [row["runs"] for row in compare.table([str(tmp_path)], ["map_at_r"]).rows] == [["1"]]
+    assert [row["runs"] for row in only([str(tmp_path)], ["map_at_r"]).rows] == [["1"]]
 
 
 def test_six_figures_with_their_spread_stay_within_160_columns_and_whole(tmp_path, capsys, monkeypatch):
@@ -151,7 +162,109 @@ def test_six_figures_with_their_spread_stay_within_160_columns_and_whole(tmp_pat
 def test_an_interval_is_no_figure(sweep):
     assert f"{MAP}_ci95" in json.loads((sweep / "0" / "metrics.json").read_text())
     with pytest.raises(SystemExit, match="no run has a figure test/map_at_r_ci95"):
-        compare.table([str(sweep)], ["map_at_r_ci95"])
+        only([str(sweep)], ["map_at_r_ci95"])
+
+
+# --- other data, other damage
+
+
+def of(folder, dataset, fingerprint):
+    """Say what the run was judged on."""
+    file = folder / ".hydra" / "hydra.yaml"
+    hydra = json.loads(file.read_text())
+    hydra["hydra"]["runtime"]["choices"] |= {"dataset": dataset, "search": "none", "cluster": folder.name}
+    file.write_text(json.dumps(hydra))
+    (folder / "provenance.json").write_text(json.dumps({"data": {"train": "aa", "val": "bb", "test": fingerprint}}))
+
+
+@pytest.fixture
+def three_sets(tmp_path):
+    """Two runs of glyphs, two of omniglot of which one on fewer images, and one of omniglot that has looked at validation alone."""
+    for number, (loss, dataset, data, value) in enumerate(
+        [("supcon", "glyphs", "a" * 16, 0.4), ("triplet", "glyphs", "a" * 16, 0.5), ("supcon", "omniglot", "b" * 16, 0.6)]
+    ):
+        made_up(tmp_path / str(number), loss, 0, **{MAP: value})
+        of(tmp_path / str(number), dataset, data)
+    made_up(tmp_path / "3", "triplet", 0, **{MAP: 0.9})
+    of(tmp_path / "3", "omniglot", "c" * 16)
+    return tmp_path
+
+
+def test_runs_judged_on_other_data_are_in_tables_of_their_own(three_sets, tmp_path, capsys, monkeypatch):
+    found, _ = compare.tables([str(three_sets)], ["map_at_r"])
+    assert [(one.dataset, one.fingerprint[:1], [row["runs"] for row in one.rows]) for one in found] == [
+        ("glyphs", "a", [["1"], ["0"]]), ("omniglot", "b", [["2"]]), ("omniglot", "c", [["3"]])
+    ]  # fmt: skip
+    shown = printed(capsys, monkeypatch, three_sets, "--csv", tmp_path / "all.csv", "--markdown", tmp_path / "all.md")
+    assert all(said in shown for said in ("glyphs, figures of the test split", "omniglot (bbbbbbbb), figures", "omniglot (cccccccc), "))
+    with (tmp_path / "all.csv").open() as lines:
+        rows = list(csv.DictReader(lines))
+    assert [(row["dataset"], row["loss"], float(row[MAP])) for row in rows[:2]] == [("glyphs", "triplet", 0.5), ("glyphs", "supcon", 0.4)]
+    assert [row["data"] for row in rows[2:]] == ["b" * 16, "c" * 16]
+    text = (tmp_path / "all.md").read_text()
+    assert text.count("### ") == 3
+    assert "| loss | seeds | map_at_r |\n| --- | ---: | ---: |\n| triplet | 1 | 0.5000 |" in text
+
+
+def test_seeds_that_were_trained_on_other_data_are_not_one_row(three_sets):
+    made_up(three_sets / "4", "triplet", 1, **{MAP: 0.6})
+    of(three_sets / "4", "glyphs", "a" * 16)
+    assert compare.tables([str(three_sets)], ["map_at_r"])[0][0].rows[0]["runs"] == ["1", "4"]
+    (three_sets / "4" / "provenance.json").write_text(json.dumps({"data": {"train": "other", "test": "a" * 16}}))
+    glyphs = compare.tables([str(three_sets)], ["map_at_r"])[0][0]
+    assert (glyphs.differ, [row["runs"] for row in glyphs.rows]) == (["loss", "data.train"], [["4"], ["1"], ["0"]])
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("metrics.json", '{"test/map'),
+        ("metrics.json", "[]"),
+        (".hydra/config.yaml", "{"),
+        (".hydra/hydra.yaml", ""),
+        ("provenance.json", ""),
+    ],
+)
+def test_a_damaged_run_is_named_and_left_out(sweep, file, text):
+    (sweep / "0" / file).write_text(text)
+    assert [row["runs"] for row in only([str(sweep)], ["map_at_r"]).rows] == [["1", "2"]]
+    (line,) = (line for line in left_out([str(sweep)]) if line.startswith("damaged"))
+    assert line.startswith(f"damaged, left out: {sweep / '0'} (")
+
+
+def test_a_figure_that_is_no_number_is_none_and_damaged_results_are_not_tested(sweep):
+    made_up(sweep / "3", "arcface", 0, **{MAP: math.nan, "test/eer": 0.5})
+    (sweep / "3" / "results.npz").write_bytes(b"PK\x03\x04 cut off")
+    found = only([str(sweep)], ["map_at_r", "eer"])
+    assert found.rows[-1]["said"] == ["arcface"]
+    assert MAP not in found.rows[-1]["figures"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [(["--plot", "x.bmp"], "must end in one of"), (["--csv", "no/where.csv"], "cannot be written")]
+)
+def test_a_file_that_cannot_be_is_said_in_a_line(sweep, monkeypatch, arguments, says):
+    monkeypatch.setattr(sys, "argv", ["compare.py", str(sweep), *arguments])
+    with pytest.raises(SystemExit, match=says):
+        compare.main()
+
+
+def test_the_picture_has_a_panel_for_each_table_with_the_mean_and_spread_of_its_rows(three_sets, tmp_path, monkeypatch):
+    made_up(three_sets / "4", "triplet", 1, **{MAP: 0.6})
+    of(three_sets / "4", "glyphs", "a" * 16)
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, format: (drawn.append(figure), Path(file).write_bytes(b"")))
+    found, _ = compare.tables([str(three_sets)], ["map_at_r"])
+    compare.draw(found, False, tmp_path / "plot.png")
+    (figure,) = drawn
+    assert len(figure.axes) == 3
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["triplet", "supcon"]
+    bars = figure.axes[0].containers[0]
+    (low, high), (seeds, *_) = bars[2][0].get_segments()[0][:, 0], figure.axes[0].lines
+    assert (low, high) == pytest.approx((0.55 - math.sqrt(0.005), 0.55 + math.sqrt(0.005)))
+    assert list(seeds.get_xdata()) == [0.5, 0.6]
+    assert (tmp_path / "plot.png").exists()
+    assert not (tmp_path / "plot.png.part").exists()
 
 
 # --- the test over seeds alone
@@ -289,7 +402,7 @@ def test_a_mark_says_which_differences_are_not_supported(tmp_path, capsys, monke
         for seed in range(3):
             made_up(tmp_path / f"{number}{seed}", loss, seed, results(noise, 10 * number + seed))
     made_up(tmp_path / "99", "arcface", 9, **{MAP: 0.1, RECALL: 0.2, AUC: 0.4})
-    found = compare.table([str(tmp_path)], ["map_at_r", "recall_at_1", "auc"])
+    found = only([str(tmp_path)], ["map_at_r", "recall_at_1", "auc"])
     marks = {row["said"][0]: [compare.cell(row, name)[-1] for name in found.figures] for row in found.rows}
     best, second = (row["said"][0] for row in found.rows[:2])
     assert {best, second} == {"supcon", "ntxent"}
@@ -324,10 +437,10 @@ def test_results_are_read_for_the_figures_that_need_them_and_once(tmp_path, monk
         made_up(tmp_path / str(number), loss, number % 2, results(0.9, number))
     read, load = [], EvaluationResult.load
     monkeypatch.setattr(EvaluationResult, "load", staticmethod(lambda path: read.append(path) or load(path)))
-    compare.table([str(tmp_path)], ["auc", "eer"])
-    compare.table([str(tmp_path)], ["map_at_r"], each=True)
+    only([str(tmp_path)], ["auc", "eer"])
+    only([str(tmp_path)], ["map_at_r"], each=True)
     assert read == []
-    compare.table([str(tmp_path)], ["map_at_r", "recall_at_1"])
+    only([str(tmp_path)], ["map_at_r", "recall_at_1"])
     assert len(read) == len(set(read)) == 4
 
 
@@ -337,4 +450,4 @@ def test_results_of_before_there_were_means_of_classes_leave_the_seeds(tmp_path)
         with np.load(tmp_path / str(number) / "results.npz") as archive:
             arrays = {name: archive[name] for name in archive.files if "/class_" not in name}
         np.savez_compressed(tmp_path / str(number) / "results.npz", **arrays)
-    assert compare.table([str(tmp_path)], ["map_at_r"]).rows[1]["tests"][MAP][1:] == (0, 2, False)
+    assert only([str(tmp_path)], ["map_at_r"]).rows[1]["tests"][MAP][1:] == (0, 2, False)

@@ -116,7 +116,7 @@ def test_runs_are_compared(pair_run, tmp_path):
         (tmp_path / str(seed) / ".hydra" / "config.yaml").write_text(json.dumps({"seed": seed % 2, "paths": {}}))
         hydra = {"hydra": {"runtime": {"choices": {"loss": loss}}}}
         (tmp_path / str(seed) / ".hydra" / "hydra.yaml").write_text(json.dumps(hydra))
-    found = compare.table([str(tmp_path)], ["map_at_r", "f1"])
+    (found,), _ = compare.tables([str(tmp_path)], ["map_at_r", "f1"])
     assert found.figures == ["test/f1"]
     assert len(found.rows) == 2
 

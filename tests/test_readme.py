@@ -69,6 +69,8 @@ def shortened(command: str) -> list[str] | None:
         return words
     kept = [word.replace("glob(*)", "glob(a*)") for word in words if not word.startswith("trainer.max_epochs")]
     kept += [*FEW_STEPS, "test=false"]
+    if "search=optuna" in words:
+        kept = [word for word in kept if not word.startswith("search.n_trials")] + ["search.n_trials=2", "search.seeds=1"]
     if {"dataset=images", "dataset=table", "dataset=texts"} & set(words):
         kept.append("sampling.classes=8")
     if {"dataset=texts", "dataset=pairs"} & set(words):

@@ -206,12 +206,17 @@ def preflight(arguments: list[str], config_name: str) -> list[str]:
         raise InputError("a sweep starts the ranks of each of its jobs by itself: leave torchrun away")
     parsed = OverridesParser.create().parse_overrides(overrides)
     mine = [o for o in parsed if not o.key_or_group.startswith("hydra")]
+    search = next((o.input_line for o in mine if o.key_or_group == "search" and o.value() != "none"), None)
+    if search and not flags:
+        raise InputError(f"{search} makes many runs: say python train.py -m {search}")
     if flags and any(o.key_or_group == "paths.output_dir" for o in mine):
         raise InputError("paths.output_dir is one run's directory: for a sweep say hydra.sweep.dir=DIR")
     if not flags:
         jobs = [[o.input_line for o in mine]]
+    elif search:  # its sweeper draws the jobs, and checks what it draws from
+        jobs = [[o.input_line for o in mine if not o.is_sweep_override() and o.key_or_group.partition(".")[0] != "search"]]
     else:
-        choices = [[f"{o.get_key_element()}={v}" for v in _swept(o)] if o.is_sweep_override() else [o.input_line] for o in mine]
+        choices = [[f"{o.get_key_element()}={v}" for v in swept(o)] if o.is_sweep_override() else [o.input_line] for o in mine]
         jobs = [list(job) for job in itertools.islice(itertools.product(*choices), _CHECKED_JOBS)]
     reasons = []
     for job in jobs:
@@ -261,7 +266,7 @@ def places(config: dict) -> int:
     return wanted if isinstance(wanted, int) and wanted > 0 else len(devices)  # auto takes all it sees
 
 
-def _swept(override: Override) -> Iterable[str]:
+def swept(override: Override) -> Iterable[str]:
     values = override.value()
     if isinstance(values, IntervalSweep):  # the sweeper draws the jobs, each is checked when it starts: one stands for all
         return [str(values.start)]
@@ -399,12 +404,18 @@ def _said(distance: DictConfig) -> str:
     return "euclidean without normalisation" if distance.name == "euclidean" and not distance.normalize_embeddings else distance.name
 
 
+@functools.lru_cache(maxsize=100)
+def _shipped(choices: tuple[str, ...], config_name: str) -> DictConfig:
+    """The configuration of these choices and no other override; a search asks for the same ones again and again."""
+    return _compose(list(choices), config_name)
+
+
 def _check_types(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config_name: str) -> None:
     """A number in the YAML stays a number, a switch a switch: found here, not in the first training step."""
     values = [o for o in overrides if o.partition("=")[0].lstrip("+~") not in choices]
     if not values:
         return
-    composed = _compose([o for o in overrides if o not in values], config_name)
+    composed = _shipped(tuple(o for o in overrides if o not in values), config_name)
     if unknown := sorted(set(cfg) - set(composed)):
         raise InputError(f"{unknown[0]} is not a key of this configuration: {_near(unknown[0], sorted(composed))}")
     shipped, given = _leaves(composed), _leaves(cfg)
