@@ -160,11 +160,12 @@ class SearchSweeper(Sweeper):
                 if first is not None and all(error is not None for error in errors):
                     raise first
         # A job is its overrides, without search=: what else that sets would be lost.
-        apart, difference = ("hydra", "search", "paths", "test"), None
-        own = OmegaConf.masked_copy(self.config, [key for key in self.config if key not in apart])
+        apart, difference = ("search", "paths", "test"), None
+        own = OmegaConf.to_container(OmegaConf.masked_copy(self.config, [key for key in self.config if key != "hydra"]), resolve=True)
         with contextlib.suppress(InputError):  # where the defaults do not go with what is fixed
-            without, along = compose(list(self.fixed.values()), name), OmegaConf.to_container(own, resolve=True)
-            difference = first_difference(along, {key: without.get(key) for key in along}, "")
+            without = compose(list(self.fixed.values()), name)
+            along = [key for key in own if key not in apart]
+            difference = first_difference({key: own[key] for key in along}, {key: without.get(key) for key in along}, "")
         if difference:
             raise InputError(f"{difference[0][1:]} is set by search=, which is for `search` and `test` alone: say it elsewhere")
 
