@@ -314,7 +314,9 @@ class SearchSweeper(Sweeper):
                 f"none of the {len(ended)} trials in {os.path.relpath(self.folder)} has finished: {said.partition(chr(10))[0]}"
             )
         best = self.study.best_trial
-        command = shlex.join(["python", "train.py", *(line for line in best.user_attrs["overrides"] if not line.startswith("test="))])
+        command = shlex.join(
+            ["python", "train.py", *(line for line in best.user_attrs["overrides"] if not line.startswith(("test=", "cluster")))]
+        )
         found = {"trial": best.number, "metric": self.metric, "value": best.value, "params": best.params, "command": command}
         write_json(self.folder / "best.json", found)
         values = self.repeat(best, seeds) if seeds else {}
