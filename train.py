@@ -243,6 +243,7 @@ def check_resumable(config: dict, parts: dict) -> None:
 def make_trainer(config: dict, provenance: dict, encoder):
     """The Lightning trainer with its callbacks and loggers, and the W&B logger by itself, None when there is none."""
     import logging
+    import os
     import warnings
     from pathlib import Path
 
@@ -250,10 +251,20 @@ def make_trainer(config: dict, provenance: dict, encoder):
     from lightning.fabric.utilities.warnings import PossibleUserWarning
     from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
     from lightning.pytorch.loggers import CSVLogger
+    from lightning.pytorch.plugins.environments import SLURMEnvironment
 
     from siamese import record
     from siamese.bundle import load_checkpoint
-    from siamese.callbacks import BestCheckpoint, CarefulCheckpointIO, Freeze, Health, MidEpochCheckpoint, ProgressBar, ValidateLastEpoch
+    from siamese.callbacks import (
+        BestCheckpoint,
+        CarefulCheckpointIO,
+        Freeze,
+        Health,
+        MidEpochCheckpoint,
+        ProgressBar,
+        Requeue,
+        ValidateLastEpoch,
+    )
     from siamese.evaluation import higher_is_better
 
     # What Lightning says of devices, workers and directories on every start tells a user of this template nothing.
@@ -288,21 +299,26 @@ def make_trainer(config: dict, provenance: dict, encoder):
         node = {**node, "precision": "bf16-mixed" if bf16 else "32-true"}
     if str(node.get("strategy")) == "ddp" and any(isinstance(callback, Freeze) for callback in callbacks):
         node = {**node, "strategy": "ddp_find_unused_parameters_true"}
+    plugins = [CarefulCheckpointIO()]
+    if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:
+        callbacks.append(Requeue(f"{out}/checkpoints/last.ckpt"))
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     trainer = construct(
         node,
         "trainer",
         logger=False,  # until it is known which rank this is
         callbacks=callbacks,
         default_root_dir=out,
-        plugins=[CarefulCheckpointIO()],
+        plugins=plugins,
         use_distributed_sampler=False,  # our samplers know what every rank gets
         num_sanity_val_steps=0,
         enable_model_summary=False,
     )
     earlier = record.curves(Path(out) / "metrics.csv", load_checkpoint(config["ckpt"])["global_step"]) if config["ckpt"] else []
-    normed = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in encoder.modules())
-    if trainer.world_size > 1 and normed and not node.get("sync_batchnorm"):
-        logging.getLogger("train").info("batch-norm takes the statistics of each rank's part of the batch, not of the whole")
+    if trainer.world_size > 1:
+        normed = any(isinstance(layer, torch.nn.modules.batchnorm._BatchNorm) for layer in encoder.modules())
+        of_part = "; batch-norm takes the statistics of each rank's part" if normed and not node.get("sync_batchnorm") else ""
+        logging.getLogger("train").info("%d ranks share each batch%s", trainer.world_size, of_part)
     csv = CSVLogger(out, name="", version="", flush_logs_every_n_steps=1)  # of a run that is killed nothing is missing
     trainer.loggers = [csv]
     if not trainer.is_global_zero:

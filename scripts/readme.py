@@ -32,7 +32,7 @@ def about(group: str, choice: str) -> str:
 def options() -> str:
     rows = ["| group | choices, the default in bold |", "| --- | --- |"]
     for group, default in defaults().items():
-        if group != "paths":
+        if group != "paths" and available(group):  # of the machine's own, `optional local`, nothing is shipped
             choices = [f"**{choice}**" if choice == default else choice for choice in available(group)]
             rows.append(f"| `{group}=` | {', '.join(choices)} |")
     return "\n".join(rows)

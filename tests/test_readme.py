@@ -61,9 +61,9 @@ def stamps(run) -> None:
 
 
 def shortened(command: str) -> list[str] | None:
-    """The command with fewer steps; None for those that set up or download, which CI and test_download.py run."""
+    """The command with fewer steps; None for those that set up, download or need a cluster: CI, test_download.py, test_slurm.py."""
     python, *words = shlex.split(command.replace("<stamp>", "one"))
-    if python == "make" or words[0] in ("scripts/download.py", "scripts/benchmark_default.py"):
+    if python != "python" or "cluster=slurm" in words or words[0] in ("scripts/download.py", "scripts/benchmark_default.py"):
         return None
     if words[0] != "train.py":
         return words

@@ -3,11 +3,13 @@
 import logging
 import os
 import shutil
+import signal
+import subprocess
 from pathlib import Path
 
 import lightning.pytorch as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -95,6 +97,59 @@ class CarefulCheckpointIO(TorchCheckpointIO):
         if path.name == "last.ckpt" and path.exists():
             os.replace(path, path.with_name("previous.ckpt"))
         os.replace(partial, path)
+
+
+class Requeue(Checkpoint):
+    """Saves a SLURM job that is about to be stopped after the batch at hand, and puts it back in the queue when its time is over.
+
+    SIGUSR1 announces the time limit, where sbatch was given `--signal=USR1@SECONDS`. SIGTERM comes half a minute before the end of
+    a job that is cancelled, preempted, or put back in the queue by others. Before and after training there is nothing to save.
+
+    Lightning saves within the signal's handler, where each rank is somewhere else in its step: of two that train together, each
+    may then wait for another word of the other, for ever.
+
+    Args:
+        path: the checkpoint to write, the one from which the run goes on.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.received, self.training = path, 0, False
+        signal.signal(signal.SIGUSR1, self._note)
+
+    def _note(self, number: int, _frame) -> None:
+        self.received = 2 if number == signal.SIGUSR1 else max(self.received, 1)
+        if not self.training:
+            self._requeue()
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.training = True
+        signal.signal(signal.SIGTERM, self._note)  # in place of Lightning's, in which ranks speak to each other too
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.on_train_epoch_end(trainer, module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.world_size > 1:  # another rank may have received it a step earlier
+            mine = torch.tensor(self.received, device=module.device)
+            self.received = int(trainer.strategy.reduce(mine, reduce_op="max"))
+        if self.received:
+            trainer.save_checkpoint(self.path)
+            log.warning("step %d: this job is being stopped, it can go on from %s", trainer.global_step, os.path.relpath(self.path))
+            self._requeue()
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.training = False
+        if self.received:
+            self._requeue()
+
+    def _requeue(self) -> None:
+        """End this process, and where the time limit is the reason, start the job again."""
+        if self.received == 2 and int(os.environ["SLURM_PROCID"]) == 0:
+            # Of an array, this one job: SLURM_JOB_ID is for one of them the number of the whole array.
+            job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}" if "SLURM_ARRAY_JOB_ID" in os.environ else "{SLURM_JOB_ID}"
+            subprocess.run(["scontrol", "requeue", job.format_map(os.environ)], check=True)
+        raise SystemExit(0)
 
 
 class ValidateLastEpoch(Callback):

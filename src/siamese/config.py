@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -39,6 +40,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # As the user set it: `launch` sets it for Hydra.
 FULL_ERROR = os.environ.get("HYDRA_FULL_ERROR") == "1"
+# What a node of a cluster is asked for when cluster.gpus is not said.
+OmegaConf.register_new_resolver("gpus", lambda trainer: trainer.devices if trainer and trainer.accelerator in ("gpu", "cuda") else None)
 
 # Keys of a group's YAML that tell us something and are no arguments of its `_target_`.
 NO_ARGUMENTS = {
@@ -82,7 +85,7 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
             if not single and _in_its_process(runtime.launcher) and (why := starts_processes(config)):
                 raise InputError(f"{why} starts processes, each of which would run the whole sweep again: say cluster=processes")
             place = (first or config["paths"]["output_dir"]) if scratch else runtime.runtime.output_dir
-            if config.get("resume") and (found := newest_checkpoint(Path(place, "checkpoints"))):
+            if config_name == "train" and config["resume"] and (found := newest_checkpoint(Path(place, "checkpoints"))):
                 config["ckpt"], config["init_from"] = found, None
             config["sweep"] = Path(runtime.sweep.dir).name if sweep else None
             with tempfile.TemporaryDirectory(prefix="siamese-") as elsewhere:
@@ -94,6 +97,10 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
             if single and (rank or not FULL_ERROR):
                 where = f" (rank {rank})" if rank else ""
                 sys.exit(1 if sweep else f"error{where}: {error}")  # not through Hydra, which would print all overrides above it
+            raise
+        except Exception:
+            if "SUBMITIT_EXECUTOR" in os.environ:  # what comes back from there has no traceback
+                log.exception("job failed")
             raise
         value = figures.get(config.get("optimized_metric"))
         if returned:
@@ -109,9 +116,10 @@ def launch(task: Callable[[dict], dict], config_name: str) -> None:
     except BrokenPipeError:  # the reader of --help | head has gone
         sys.stderr.close()
         sys.exit(1)
-    except (InputError, CompactHydraException, OmegaConfBaseException, OSError, ValueError) as error:
-        known = isinstance(error, InputError) or not _raised_by_job(error)
-        if FULL_ERROR or not known:
+    except Exception as error:
+        known = isinstance(error, InputError) or type(error).__module__.startswith("submitit.")  # what sbatch says, or a job's end
+        hydras = isinstance(error, (CompactHydraException, OmegaConfBaseException, OSError, ValueError)) and not _raised_by_job(error)
+        if FULL_ERROR or not (known or hydras):
             raise
         sys.exit(1 if scratch else f"error: {explain(error, sys.argv[1:], config_name)}")
     finally:
@@ -211,8 +219,9 @@ def preflight(arguments: list[str], config_name: str) -> list[str]:
         raise InputError(f"{search} makes many runs: say python train.py -m {search}")
     if flags and any(o.key_or_group == "paths.output_dir" for o in mine):
         raise InputError("paths.output_dir is one run's directory: for a sweep say hydra.sweep.dir=DIR")
+    fixed = [o.input_line for o in mine if not (flags and o.is_sweep_override())]
     if not flags:
-        jobs = [[o.input_line for o in mine]]
+        jobs = [fixed]
     elif search:  # its sweeper draws the jobs, and checks what it draws from
         jobs = [[o.input_line for o in mine if not o.is_sweep_override() and o.key_or_group.partition(".")[0] != "search"]]
     else:
@@ -221,6 +230,8 @@ def preflight(arguments: list[str], config_name: str) -> list[str]:
     reasons = []
     for job in jobs:
         config = compose(job, config_name)
+        if config["choices"].get("cluster") == "slurm":
+            _check_slurm(config, _compose(fixed, config_name), bool(flags))
         if config["choices"].get("cluster", "none") == "none" and (why := starts_processes(config)):
             reasons.append(why)
     if not flags or not reasons or any(o.key_or_group in ("cluster", "hydra/launcher") for o in parsed):
@@ -238,6 +249,20 @@ def starts_processes(config: dict) -> str | None:
     if str(devices) != "1" and not (isinstance(devices, list) and len(devices) == 1):
         return f"trainer.devices={devices}"
     return f"trainer.num_nodes={nodes}" if nodes != 1 else None
+
+
+def _check_slurm(config: dict, launched: DictConfig, sweep: bool) -> None:
+    """Refuse a job that SLURM would not start, or whose ranks would never meet; `launched` is what the launcher goes by."""
+    if not sweep:
+        raise InputError("cluster=slurm sends the jobs of a sweep to SLURM: say -m, or for one run sbatch scripts/slurm.sh")
+    if shutil.which("srun") is None:
+        raise InputError("cluster=slurm: there is no srun here, so no SLURM: start the sweep where sbatch works, or leave cluster= away")
+    for key in ("trainer.devices", "trainer.num_nodes", "trainer.accelerator", "cluster.time"):
+        value, group = OmegaConf.select(OmegaConf.create(config), key), key.partition(".")[0]
+        if key != "trainer.accelerator" and value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"{key}={value}: cluster=slurm asks for it in advance, so it must be a whole number from 1")
+        if value != OmegaConf.select(launched, key):
+            raise InputError(f"{key}={value} in one job of this sweep: cluster=slurm asks the same for all, so sweep nothing of {group}")
 
 
 def _in_its_process(launcher: DictConfig) -> bool:
@@ -291,6 +316,10 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
             raise InputError(f"{override}: {key} is one choice, not a list")
         if key == "distance.name":
             raise InputError(f"{override}: say distance={value}, the name alone changes nothing")
+    if (local := choices.get("local", "default")) not in ("default", *available("local")):  # it is optional: Hydra takes any
+        raise InputError(f"local={local}: there is no {CONF.name}/local/{local}.yaml")
+    if "local" in cfg:
+        raise InputError(f"conf/local/{local}.yaml must begin with the line `# @package _global_`, or it says nothing of other groups")
     if "callbacks" in cfg:  # of a list, callbacks=[ema,early_stopping], Hydra keeps no choice
         choices.setdefault("callbacks", ",".join(cfg.callbacks))
     for key in choices:
@@ -310,8 +339,6 @@ def check(cfg: DictConfig, choices: dict[str, str], overrides: list[str], config
             raise InputError(f"{key}={path}: {remedy}")
     if config.get("resume") not in (None, "auto"):
         raise InputError(f"resume={config['resume']} must be auto, or null: a checkpoint is named by ckpt=")
-    if config["ckpt"] and config.get("resume"):
-        raise InputError("ckpt= names a checkpoint, resume=auto looks for one: give one of them")
     if config["ckpt"] and config.get("init_from"):
         raise InputError("ckpt= resumes a run with everything, init_from= takes weights only: give one of them")
     path = config["dataset"].get("path")
@@ -473,6 +500,8 @@ def explain(error: Exception, arguments: list[str], config_name: str) -> str:
     text = str(error)
     if isinstance(error, InputError):
         return text
+    if "hydra/launcher/submitit_slurm" in text:
+        return "cluster=slurm needs a package that is not installed: pip install -e '.[cluster]'"
     if isinstance(error, MissingConfigException) and (error.missing_cfg_file or "").endswith("/"):
         group = error.missing_cfg_file.rstrip("/")
         return f"{group}= names nothing: {group} is one of {', '.join(available(group))}"
@@ -524,7 +553,8 @@ def _explain_key(key: str, arguments: list[str], config_name: str) -> str:
     siblings = sorted(k for k in keys if k.rpartition(".")[0] == node)
     if not difflib.get_close_matches(key, siblings, n=1, cutoff=0.8) and (CONF / node).is_dir() and node:
         for choice in available(node):
-            if near := difflib.get_close_matches(name, list(_read(node, choice)), n=1, cutoff=0.7):
+            offered = _read(node, choice)
+            if near := difflib.get_close_matches(name, list(offered.get(node, offered)), n=1, cutoff=0.7):
                 there = f" Here there are {', '.join(siblings)}" if siblings else ""
                 return f"{key} is not a key of this configuration: did you mean {node}.{near[0]}, which {node}={choice} has?{there}"
     near = _near(key, siblings or sorted(keys))
