@@ -371,3 +371,11 @@ def test_a_run_that_is_interrupted_keeps_its_last_checkpoint_and_finishes_in_wan
     assert records[-1]["type"] == "exit"
     assert summary["exit_code"] == 1
     assert summary["state"] != "running"
+
+
+@pytest.mark.slow
+def test_a_compiled_encoder_trains_to_the_same_and_is_saved_as_any_other(fit, tmp_path):
+    figures = [fit(tmp_path / str(switch), f"compile={switch}", "test=false") for switch in (True, False)]
+    assert figures[0]["val/map_at_r"] == pytest.approx(figures[1]["val/map_at_r"], abs=0.02)
+    states = [Bundle.load(tmp_path / str(switch) / "checkpoints" / "best.ckpt").state_dict().keys() for switch in (True, False)]
+    assert states[0] == states[1]

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -169,3 +170,18 @@ def test_a_run_is_online_when_a_key_is_configured_and_wandb_mode_has_the_last_wo
     done = command(str(tmp_path / "script.py"), str(tmp_path), **variables)
     assert f"mode: {mode}" in done.out, done.err
     assert ("wandb sync" in done.err) == (variables == {})
+
+
+def test_a_run_that_was_killed_goes_on_under_its_id(start, tiny, tmp_path):
+    overrides = (*tiny, "trainer.max_epochs=20", "test=false", "logger=wandb", "resume=auto", f"paths.output_dir={tmp_path}")
+    killed = start("train.py", *overrides)
+    while killed.process.is_alive() and not (tmp_path / "checkpoints" / "last.ckpt").exists():
+        time.sleep(0.01)
+    killed.process.kill()
+    killed.wait()
+    assert not (tmp_path / "metrics.json").exists()
+    done = start("train.py", *overrides).wait()
+    assert done.code == 0, done.err
+    runs = [path.name for path in (tmp_path / "wandb").glob("offline-run-*")]
+    assert len(runs) == 2
+    assert len({name.rpartition("-")[2] for name in runs}) == 1
