@@ -14,6 +14,9 @@
     python train.py callbacks=[early_stopping,ema] scheduler=warmup
     python train.py dataset=images dataset.path=photos                   # photos/cat/1.jpg, or a table with path,label
     python train.py ckpt=logs/train/runs/<stamp>/checkpoints/last.ckpt   # resume everything
+    python train.py resume=auto paths.output_dir=DIR                     # goes on with what is in DIR, whatever stopped it
+    python train.py trainer=ddp trainer.devices=4                        # or torchrun --nproc-per-node 4 train.py trainer=ddp
+    python train.py -m cluster=slurm trainer=gpu loss=triplet,supcon     # each a SLURM job; one run: sbatch scripts/slurm.sh
     python train.py init_from=logs/train/runs/<stamp>/checkpoints/best.ckpt  # take only the weights
 
 A run's directory, logs/train/runs/<stamp>/, holds metrics.json, results.npz, checkpoints/, bundle.safetensors and more.
