@@ -50,7 +50,7 @@ def evaluate(config: dict) -> dict[str, float]:
     input_shape = list(data.val.inputs.shape[1:])
     if not ckpt:
         torch.manual_seed(config["seed"])
-        made_of = bundle_arguments(config, input_shape, data.preprocessing())
+        made_of = bundle_arguments(config, input_shape, data.preprocessing(), source.reading())
         with as_input_error("encoder"):
             model = Bundle(**made_of)
     elif model.parts["encoder"].get("input_shape", input_shape) != input_shape:
@@ -59,6 +59,9 @@ def evaluate(config: dict) -> dict[str, float]:
         raise InputError(f"the encoder in {ckpt} takes inputs of shape {trained}, this data set has {input_shape}{remedy}")
     with as_input_error("dataset"):
         judging.check_kind(model.encoder, data.val)
+    goal = config["threshold"] or model.config.get("threshold", "equal_error")
+    with as_input_error("threshold"):
+        judging.check_goal(goal, data.val)
     others = {name: other_tests(name, data.val, config) for name in dict.fromkeys(config["also"])}
     fingerprints = {"val": data.val, "test": data.test, **{f"{name}/test": samples for name, samples in others.items()}}
     fingerprints = {name: samples.fingerprint() for name, samples in fingerprints.items()}
@@ -66,11 +69,11 @@ def evaluate(config: dict) -> dict[str, float]:
 
     started = time.perf_counter()
     plain = judging.raw(model, data.val)
-    raw, judged = judging.judge(plain, data), judging.judge(model, data)
+    raw, judged = judging.judge(plain, data, goal=goal), judging.judge(model, data, goal=goal)
     results = {**judging.last_as("raw", raw), **(judged if ckpt else judging.last_as("untrained", judged))}
     for name, samples in others.items():
-        results |= {f"{name}/raw": judging.judge_samples(plain, samples, plain.threshold)}
-        results |= {f"{name}/{'test' if ckpt else 'untrained'}": judging.judge_samples(model, samples, model.threshold)}
+        results |= {f"{name}/raw": judging.judge_samples(plain, samples, plain.decision)}
+        results |= {f"{name}/{'test' if ckpt else 'untrained'}": judging.judge_samples(model, samples, model.decision)}
     metrics = record.write(out, results, {"evaluate": time.perf_counter() - started})
     for note in [*list(judged.values())[-1].notes, *record.hardest(list(judged.values())[-1])]:
         log.info(note)

@@ -38,10 +38,11 @@ def train(config: dict) -> dict[str, float]:
     from rich.console import Console
 
     from siamese import judging, record
-    from siamese.bundle import Bundle
+    from siamese.bundle import Bundle, load_checkpoint
+    from siamese.callbacks import CarefulCheckpointIO
     from siamese.evaluation import FIGURES, PAIR_FIGURES
 
-    log = logging.getLogger("train")
+    log, goal = logging.getLogger("train"), config["threshold"]
     out = Path(config["paths"]["output_dir"])
     figures = dict.fromkeys((*FIGURES, *PAIR_FIGURES))
     if config["optimized_metric"] not in [f"val/{name}" for name in figures]:
@@ -64,8 +65,8 @@ def train(config: dict) -> dict[str, float]:
         started = time.perf_counter()
         if trainer.is_global_zero:
             untrained = {
-                **judging.last_as("raw", judging.judge(judging.raw(module.model, data.val), data, config["test"])),
-                **judging.last_as("untrained", judging.judge(module.model, data, config["test"])),
+                **judging.last_as("raw", judging.judge(judging.raw(module.model, data.val), data, config["test"], goal)),
+                **judging.last_as("untrained", judging.judge(module.model, data, config["test"], goal)),
             }
         seconds["evaluate"] += time.perf_counter() - started
 
@@ -80,9 +81,11 @@ def train(config: dict) -> dict[str, float]:
             (out / "checkpoints" / leftover).unlink(missing_ok=True)
 
         started = time.perf_counter()
-        model = Bundle.load(trainer.checkpoint_callback.best_model_path, trust=trust)
-        results = {**untrained, **judging.judge(model, data, config["test"])}
+        best = trainer.checkpoint_callback.best_model_path
+        model = Bundle.load(best, trust=trust)
+        results = {**untrained, **judging.judge(model, data, config["test"], goal)}
         model.save(out / "bundle.safetensors")
+        CarefulCheckpointIO().save_checkpoint({**load_checkpoint(best), "decision": model.decision.plain()}, best)
         seconds["evaluate"] += time.perf_counter() - started
         metrics = record.write(out, results, seconds)
         if wandb_logger is not None:
@@ -131,6 +134,8 @@ def assemble(config: dict):
     if metric not in known:
         remedy = "say experiment=matching, or " if data.val.tuples is not None else ""
         raise InputError(f"optimized_metric=val/{metric} is not computed of {data.val}: {remedy}take one of val/{', val/'.join(known)}")
+    with as_input_error("threshold"):
+        judging.check_goal(config["threshold"], data.val)
     splits, out = {"val": data.val, **({"test": data.test} if config["test"] else {})}, Path(config["paths"]["output_dir"])
     with as_input_error("check"):
         checking.check({"train": data.train, **splits}, data.source.findings(), out, config["check"])
@@ -141,7 +146,7 @@ def assemble(config: dict):
             log.info("after each epoch %d samples of %d classes are judged, at the end all", len(data.watched), data.val_classes)
     with as_input_error("sampling"):
         data.setup()
-    made_of = bundle_arguments(config, data.input_shape, data.preprocessing())
+    made_of = bundle_arguments(config, data.input_shape, data.preprocessing(), data.source.reading())
     with as_input_error("encoder"):
         model = Bundle(**made_of)
     parts, trust = model.parts, made_of["trust"]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from siamese.bundle import Bundle, Standardize, construct_trusted, load_checkpoint
 from siamese.data.samples import Samples, Source
 from siamese.data.sampling import balanced
+from siamese.decision import Decision
 from siamese.module import SiameseModule
 
 COSINE = {"_target_": "pytorch_metric_learning.distances.CosineSimilarity"}
@@ -27,13 +28,14 @@ PARTS = {
     "distance": COSINE,
     "preprocessing": {"_target_": "siamese.bundle.Standardize", "mean": [0.2], "std": [0.4]},
 }
+DECISION = Decision("equal_error", 0.625, 0.02, 0.03, 40, 900, 8.0, -5.0, [[0.9, 0.001, 0.2], [0.625, 0.02, 0.03]], [0.01, 0.04])
 TABLE = {**PARTS, "encoder": {"_target_": "siamese.encoders.MLP", "input_shape": [4], "hidden": [8], "embedding_size": 3}}
 
 
 @pytest.fixture
 def bundle() -> Bundle:
     torch.manual_seed(0)
-    bundle = Bundle(PARTS, threshold=0.625, config={"seed": 3, "loss": {"margin": 0.2}, "choices": ["a", None]})
+    bundle = Bundle(PARTS, DECISION, config={"seed": 3, "loss": {"margin": 0.2}, "choices": ["a", None]})
     with torch.no_grad():
         bundle(images(32))  # so that the statistics of the batch-norm are not those it was born with
     return bundle
@@ -63,7 +65,8 @@ def test_a_bundle_survives_its_file(bundle, tmp_path):
     bundle.save(tmp_path / "bundle.safetensors")
     read = Bundle.load(tmp_path / "bundle.safetensors")
     assert torch.equal(read.embed(images(9)), bundle.embed(images(9)))
-    assert (read.threshold, read.config, read.parts) == (bundle.threshold, bundle.config, bundle.parts)
+    assert (read.decision, read.config, read.parts) == (bundle.decision, bundle.config, bundle.parts)
+    assert read.threshold == 0.625
     assert [path.name for path in tmp_path.iterdir()] == ["bundle.safetensors"]
 
 
@@ -321,9 +324,13 @@ def test_a_truncated_file_is_refused(bundle, tmp_path, share):
         {"bundle": "[]"},
         {"bundle": "{}"},
         {"bundle": json.dumps({"parts": PARTS})},
-        {"bundle": json.dumps({"parts": {}, "threshold": None, "config": {}})},
-        {"bundle": json.dumps({"parts": {**PARTS, "encoder": {}}, "threshold": None, "config": {}})},
-        {"bundle": json.dumps({"parts": {**PARTS, "encoder": "Conv4"}, "threshold": None, "config": {}})},
+        {"bundle": json.dumps({"parts": {}, "config": {}})},
+        {"bundle": json.dumps({"parts": {**PARTS, "encoder": {}}, "config": {}})},
+        {"bundle": json.dumps({"parts": {**PARTS, "encoder": "Conv4"}, "config": {}})},
+        {"bundle": json.dumps({"parts": PARTS, "config": {}, "decision": {"threshold": 0.5}})},
+        {"bundle": json.dumps({"parts": PARTS, "config": {}, "decision": {**DECISION.plain(), "threshold": "high"}})},
+        {"bundle": json.dumps({"parts": PARTS, "config": {}, "decision": {**DECISION.plain(), "curve": []}})},
+        {"bundle": json.dumps({"parts": {**PARTS, "reader": {"_target_": "siamese.bundle.Standardize"}}, "config": {}})},
     ],
 )
 def test_safetensors_of_something_else_are_refused(bundle, tmp_path, metadata):

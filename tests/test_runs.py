@@ -104,13 +104,13 @@ def test_the_figures_are_those_of_the_best_checkpoint_and_the_threshold_is_vals(
     model = Bundle.load(default_run / "checkpoints" / "best.ckpt")
     found = metrics(default_run)
 
-    def judged(split: str, threshold: float | None) -> dict[str, float]:
+    def judged(split: str, **fitted):
         samples = Glyphs().split(split)
-        return evaluate(model.embed(samples.inputs), samples.labels, model.distance, threshold=threshold).figures
+        return evaluate(model.embed(samples.inputs), samples.labels, model.distance, **fitted)
 
-    val = judged("val", None)
-    assert {key.partition("/")[2]: value for key, value in found.items() if key.startswith("val/") and "_ci95" not in key} == val
-    test = judged("test", val["threshold"])
+    val = judged("val")
+    assert {key.partition("/")[2]: value for key, value in found.items() if key.startswith("val/") and "_ci95" not in key} == val.figures
+    test = judged("test", threshold=val.figures["threshold"], calibration=val.calibration).figures
     assert {key.partition("/")[2]: value for key, value in found.items() if key.startswith("test/") and "_ci95" not in key} == test
 
 
@@ -125,6 +125,7 @@ def test_the_best_checkpoint_is_that_of_the_best_validation(default_run):
 def test_the_bundle_is_the_best_checkpoint_with_a_threshold(default_run):
     bundle, best = Bundle.load(default_run / "bundle.safetensors"), Bundle.load(default_run / "checkpoints" / "best.ckpt")
     assert bundle.threshold == metrics(default_run)["val/threshold"]
+    assert best.decision == bundle.decision, "recognition may begin with either"
     assert bundle.config["choices"]["loss"] == "supcon"
     inputs = Glyphs().split("val").inputs[:64]
     assert torch.equal(bundle.embed(inputs), best.embed(inputs))

@@ -5,6 +5,7 @@ embeddings = model.embed(images)                                       # uint8 [
 same = model.scores(embeddings[:1], embeddings[1:]) >= model.threshold
 """
 
+import hashlib
 import importlib
 import inspect
 import json
@@ -16,6 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from siamese.data.reading import Reader
+from siamese.decision import Decision
 from siamese.distances import scores
 from siamese.frozen import Frozen
 
@@ -46,8 +49,9 @@ class Bundle(nn.Module):
     """Everything needed to embed and decide.
 
     Args:
-        parts: `encoder`, `distance` and `preprocessing`, each a plain `{"_target_": "module.Class", **arguments}`.
-        threshold: the score from which two inputs count as the same, fitted on validation classes.
+        parts: `encoder`, `distance`, `preprocessing` and, where it is known how inputs are read, `reader`, each a plain
+            `{"_target_": "module.Class", **arguments}`.
+        decision: from which score two inputs count as the same, and how often that errs, fitted on validation classes.
         config: the configuration it was trained with, plain values.
         trust: packages, besides this one and pytorch-metric-learning, whose classes may be built from `parts`.
         alone: `parts`, and the weights to come, must say all: an encoder neither downloads what it is made from nor reads its files.
@@ -57,17 +61,31 @@ class Bundle(nn.Module):
     """
 
     def __init__(
-        self, parts: dict, threshold: float | None = None, config: dict | None = None, trust: tuple[str, ...] = (), alone: bool = False
+        self, parts: dict, decision: Decision | None = None, config: dict | None = None, trust: tuple[str, ...] = (), alone: bool = False
     ):
         super().__init__()
         offered = {"pretrained": False, "config": {}} if alone else {}
         self.encoder = construct_trusted(parts["encoder"], nn.Module, trust, **offered)
         # What an encoder has learned of itself when it was made, and needs to be made again: of a pretrained one its configuration.
         self.parts = {**parts, "encoder": {**parts["encoder"], **getattr(self.encoder, "arguments", {})}}
-        self.threshold, self.config = threshold, config or {}
+        self.decision, self.config = decision, config or {}
         sizes = {"embedding_size": self.encoder.embedding_size} if hasattr(self.encoder, "embedding_size") else {}
         self.distance = construct_trusted(parts["distance"], nn.Module, trust, **sizes)
         self.preprocessing = construct_trusted(parts["preprocessing"], nn.Module, trust)
+        self.reader = construct_trusted(parts["reader"], Reader, trust) if parts.get("reader") else None
+
+    @property
+    def threshold(self) -> float | None:
+        """The score from which two inputs count as the same."""
+        return None if self.decision is None else self.decision.threshold
+
+    def fingerprint(self) -> str:
+        """32 hex digits that change when a weight does, or a part: embeddings of models with the same one can be compared."""
+        digest = hashlib.blake2b(json.dumps(self.parts, sort_keys=True).encode(), digest_size=16)
+        for name, value in self.state_dict().items():
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def forward(self, inputs: Tensor) -> Tensor:
         """uint8 or float [B, ...] -> float32 [B, D] embeddings."""
@@ -90,12 +108,13 @@ class Bundle(nn.Module):
         """[Q, D] and [G, D] embeddings -> [Q, G] scores; higher is more alike."""
         return scores(self.distance, query, gallery)
 
+    def described(self) -> dict:
+        """All but the weights, as plain values."""
+        return {"parts": self.parts, "decision": self.decision and self.decision.plain(), "config": self.config}
+
     def save(self, path: str | os.PathLike) -> None:
         """Write one .safetensors file, atomically."""
-        metadata = {"bundle": json.dumps({"parts": self.parts, "threshold": self.threshold, "config": self.config})}
-        partial = f"{path}.part"
-        safetensors.torch.save_file({k: v.contiguous() for k, v in self.state_dict().items()}, partial, metadata)
-        os.replace(partial, path)
+        write_safetensors({k: v.contiguous() for k, v in self.state_dict().items()}, path, {"bundle": json.dumps(self.described())})
 
     @classmethod
     def load(cls, path: str | os.PathLike, trust: tuple[str, ...] = ()) -> "Bundle":
@@ -117,16 +136,25 @@ class Bundle(nn.Module):
         else:
             saved = load_checkpoint(path)
             state = saved["state_dict"]
+            state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
+        return cls.restore(saved, state, path, trust, remembers=Path(path).suffix != ".safetensors")
+
+    @classmethod
+    def restore(cls, saved: dict, state: dict[str, Tensor], path: str | os.PathLike, trust: tuple[str, ...], remembers: bool) -> "Bundle":
+        """From what `described` gave and the weights, both read from `path`, which errors name.
+
+        Raises:
+            ValueError: they make no model, or name a class that is not trusted.
+        """
         try:
-            if Path(path).suffix != ".safetensors":
-                state = {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
             parts = dict(saved["parts"])
             if "pretrained" in parts["encoder"]:
                 parts["encoder"] = {**parts["encoder"], "pretrained": False}
-            bundle = cls(parts, saved.get("threshold"), saved["config"], trust, alone=True)
+            decision = None if saved.get("decision") is None else Decision(**saved["decision"])
+            bundle = cls(parts, decision, saved["config"], trust, alone=True)
             bundle.load_state_dict(state)
             for part in bundle.modules():
-                if isinstance(part, Frozen) and Path(path).suffix == ".safetensors":  # for use, on inputs that do not come again
+                if isinstance(part, Frozen) and not remembers:  # for use, on inputs that do not come again
                     part.remembers = False
             bundle.parts = saved["parts"]
         except RuntimeError as error:
@@ -134,6 +162,19 @@ class Bundle(nn.Module):
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{path} holds no usable model: {str(error).strip()}") from error
         return bundle
+
+
+def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike, metadata: dict[str, str]) -> None:
+    """Atomically, and for whoever may read what this process writes: the library keeps others out."""
+    partial = Path(f"{path}.{os.getpid()}.part")
+    try:
+        safetensors.torch.save_file(tensors, partial, metadata)
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: str | os.PathLike) -> dict:
@@ -150,7 +191,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict:
     except Exception as error:  # torch.load has no error type of its own: zip, pickle, EOF, runtime errors all come
         reason = str(error).partition("\n")[0][:120] or type(error).__name__
         raise ValueError(f"{path} is damaged or not a checkpoint of this project ({reason})") from error
-    if not isinstance(checkpoint, dict) or not {"parts", "state_dict", "config"} <= checkpoint.keys():
+    whole = isinstance(checkpoint, dict) and {"parts", "state_dict", "config"} <= checkpoint.keys()
+    if not whole or not isinstance(checkpoint["state_dict"], dict):
         raise ValueError(f"{path} is a checkpoint, but not one that train.py wrote: it has no parts, state_dict and config")
     return checkpoint
 

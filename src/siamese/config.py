@@ -619,13 +619,14 @@ def fitting(node: dict, name: str, offered: dict) -> dict:
     return {key: value for key, value in offered.items() if key in takes and key not in node}
 
 
-def bundle_arguments(config: dict, input_shape: tuple[int, ...], preprocessing: dict) -> dict:
+def bundle_arguments(config: dict, input_shape: tuple[int, ...], preprocessing: dict, reader: dict | None = None) -> dict:
     """What an untrained `Bundle` is made of, for data of this shape; the user's own configuration, so its packages are trusted."""
     encoder, distance = resolve(config, "encoder"), resolve(config, "distance")
     parts = {
         "encoder": {**encoder, **fitting(encoder, "encoder", {"input_shape": list(input_shape)})},
         "distance": distance,
         "preprocessing": preprocessing,
+        "reader": reader,
     }
     return {"parts": parts, "trust": tuple(part["_target_"].partition(".")[0] for part in (encoder, distance))}
 

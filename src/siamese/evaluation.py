@@ -7,7 +7,8 @@ The rules, the same for every figure:
   against us: of equal scores, the different class ranks first. So a collapsed space scores nothing, in any order of items.
 - A query whose class has no sample in the gallery is counted in `queries_without_match` and left out of the means.
 - A pair is counted once. A false-accept rate with fewer than ten expected false accepts is not printed but explained.
-- The threshold of `accuracy` comes from outside, from the validation classes; without one it is fitted here.
+- The threshold of `accuracy`, `far` and `frr`, and the calibration, come from outside, from the validation classes; without them
+  they are fitted here.
 - Intervals (95 %) are over classes: samples of a class, and pairs that share a sample, are not independent.
 """
 
@@ -23,9 +24,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from siamese._walk import NEIGHBOURS, Found, Ranks, step_of, walk
+from siamese.decision import calibrate, calibration_error, goal_rate
 from siamese.distances import pair_scores
 from siamese.intervals import mean_interval, pair_intervals
-from siamese.protocols import fewshot
+from siamese.protocols import fewshot, open_set
 
 RECALL_AT = (1, 5, 10)
 FAR_EXPONENTS = (2, 3, 4, 5, 6)
@@ -46,7 +48,7 @@ FIGURES = (
 )
 # What every evaluation of listed pairs computes.
 PAIR_FIGURES = ("auc", "eer", "average_precision", "best_f1", "f1", "accuracy")
-_LOWER_IS_BETTER = ("eer", "omniglot_error", "loss", "queries_without_match", "median_rank")
+_LOWER_IS_BETTER = ("eer", "far", "frr", "calibration_error", "omniglot_error", "loss", "queries_without_match", "median_rank")
 
 
 def higher_is_better(figure: str) -> bool:
@@ -68,6 +70,8 @@ class EvaluationResult:
     class_queries: int64 [C] queries that have a match; class_recall_at_1, class_map_at_r: float64 [C], NaN where there are none.
     confusions: int64 [<= 50, 3] (class, other class, queries of the first whose nearest neighbour is of the second), most first.
     sampled: int64 [<= 2000] rows whose embeddings are kept; embeddings: float16 [<= 2000, D].
+    pairs: how many same and different pairs were judged; calibration: slope and intercept, see `siamese.decision.calibrate`.
+    open_set: float64 [<= 200, 2] false-alarm rate, detection and identification rate, see `siamese.protocols.open_set`.
     """
 
     figures: dict[str, float]
@@ -89,10 +93,13 @@ class EvaluationResult:
     intervals: dict[str, list[float]] = field(default_factory=dict)
     gallery_labels: list[int] = field(default_factory=list, repr=False)
     gallery_ids: list[str] = field(default_factory=list, repr=False)
+    pairs: list[float] = field(default_factory=list)
+    calibration: list[float] = field(default_factory=list)
+    open_set: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)), repr=False)
 
-    _TEXTS = ("figures", "intervals", "notes", "ids", "class_names", "gallery_labels", "gallery_ids")
+    _TEXTS = ("figures", "intervals", "notes", "ids", "class_names", "gallery_labels", "gallery_ids", "pairs", "calibration")
     _CLASSES = ("class_queries", "class_recall_at_1", "class_map_at_r", "confusions")
-    _ARRAYS = ("far", "tar", "thresholds", "labels", "neighbours", "neighbour_scores", *_CLASSES, "sampled", "embeddings")
+    _ARRAYS = ("far", "tar", "thresholds", "labels", "neighbours", "neighbour_scores", *_CLASSES, "sampled", "embeddings", "open_set")
 
     @staticmethod
     def save(results: "dict[str, EvaluationResult]", path: str | os.PathLike) -> None:
@@ -131,6 +138,8 @@ def evaluate(
     class_names: list[str] | None = None,
     gallery_ids: list[str] | None = None,
     threshold: float | None = None,
+    goal: str = "equal_error",
+    calibration: list[float] | None = None,
     recall_at: tuple[int, ...] = RECALL_AT,
     ways: tuple[int, ...] = WAYS,
     shots: tuple[int, ...] = SHOTS,
@@ -147,9 +156,12 @@ def evaluate(
         gallery: (float [G, D], int64 [G]) what the queries are compared with; by default the other samples. Its samples of classes
             that no query has, or with the label -1, are distractors.
         ids, class_names, gallery_ids: names for the queries, classes and samples of the gallery; their numbers by default.
-        threshold: the score from which a pair counts as the same, fitted on other classes; None fits it here, at equal error.
+        threshold: the score from which a pair counts as the same, fitted on other classes; None fits it here, to this `goal`:
+            "equal_error", "best_f1", or "far_1e-3": the most lenient that accepts at most this share of different pairs.
+        calibration: slope and intercept of the probability, fitted on other classes; None fits them here.
         recall_at: each K of recall_at_K, and up to 10 of precision_at_K.
-        ways, shots: of the few-shot questions, numbers of classes and of examples of each; not asked of a separate gallery.
+        ways, shots: of the few-shot questions, numbers of classes and of examples of each; without ways none are asked, of strangers
+            neither, nor are they of a separate gallery.
         certainty: whether intervals are computed.
         seed: of the few-shot questions, of what intervals sample and of the embeddings kept. It is not the run's, so that all runs
             answer the same questions.
@@ -157,11 +169,13 @@ def evaluate(
 
     Figures: recall_at_1, recall_at_5, recall_at_10; precision_at_5, precision_at_10; map_at_r, r_precision (Musgrave et al. 2020,
     arXiv:2003.08505), mrr and median_rank of the first match; auc, eer, tar_at_far_1e2 ... 1e6, average_precision, best_f1 over all
-    pairs; threshold, accuracy (the mean of the rates of same pairs accepted and of different pairs refused); oneshot_5way,
-    oneshot_20way, fewshot_5way_5shot, fewshot_20way_5shot by prototypes. Intervals of recall_at_1, map_at_r, auc, eer and few-shot.
+    pairs; threshold, and by it far, frr, accuracy (the mean of the rates of same pairs accepted and of different pairs refused);
+    calibration_error; oneshot_5way, oneshot_20way, fewshot_5way_5shot, fewshot_20way_5shot by prototypes; rank_1_identification,
+    dir_at_far_1e1 ... 1e3, see `siamese.protocols.open_set`. Intervals of recall_at_1, map_at_r, auc, eer, far, frr and few-shot.
 
     Raises:
-        ValueError: if an embedding is not finite (names the rows), or if there are no two samples of a class or only one class.
+        ValueError: if an embedding is not finite (names the rows), if there are no two samples of a class or only one class, or for
+            an unknown goal.
     """
     labels = labels.to(embeddings.device)
     if gallery:
@@ -172,14 +186,17 @@ def evaluate(
     counts = labels.unique(return_counts=True)[1]
 
     found = walk(embeddings, labels, distance, gallery, progress=progress)
-    figures, notes, curve = figures_of(found, recall_at, threshold)
+    figures, notes, curve = figures_of(found, recall_at, threshold, goal=goal)
+    pairs = [part.cpu().numpy() for part in (found.score + (found.width - found.step) / 2, found.same, found.different)]
+    calibration = calibration or calibrate(*pairs)
+    figures["calibration_error"] = calibration_error(*pairs, *calibration)
     intervals = {}
     if certainty:
         answered = found.matches > 0
         for name, values in {"recall_at_1": found.rank == 1, "map_at_r": found.map_at_r}.items():
             intervals[name] = mean_interval(values[answered], labels[answered])
         if not gallery:
-            intervals |= pair_intervals(found, figures["auc"], figures["eer"], embeddings, labels, distance, seed)
+            intervals |= pair_intervals(found, figures, embeddings, labels, distance, seed)
     for shot in shots if not gallery else ():
         for way in ways:
             name = f"oneshot_{way}way" if shot == 1 else f"fewshot_{way}way_{shot}shot"
@@ -193,6 +210,11 @@ def evaluate(
             figures[name] = right.double().mean().item()
             if certainty:
                 intervals[name] = mean_interval(right, asked)
+    curve_of_strangers = np.zeros((0, 2))
+    if ways and not gallery and int((counts > 1).sum()) > 1:
+        identified, left_out, curve_of_strangers = open_set(embeddings, labels, distance, seed)
+        figures |= identified
+        notes += left_out
     labels = labels.cpu()
     names = class_names or [str(c) for c in range(int(labels.max()) + 1)]
     sampled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))[:2000].sort().values
@@ -213,6 +235,9 @@ def evaluate(
         gallery_ids=(gallery_ids or [str(i) for i in range(len(gallery[1]))]) if gallery else [],
         sampled=sampled.numpy(),
         embeddings=embeddings[sampled.to(embeddings.device)].half().cpu().numpy(),
+        pairs=[float(kind.sum()) for kind in pairs[1:]],
+        calibration=list(calibration),
+        open_set=np.asarray(curve_of_strangers),
     )
 
 
@@ -234,7 +259,13 @@ def check_gallery(labels: Tensor, gallery_labels: Tensor) -> None:
         raise ValueError("judging needs a query with a sample of its class, and one of another, in the gallery")
 
 
-def figures_of(found: Found, recall_at: tuple[int, ...] = RECALL_AT, threshold: float | None = None, together: bool = False) -> tuple:
+def figures_of(
+    found: Found,
+    recall_at: tuple[int, ...] = RECALL_AT,
+    threshold: float | None = None,
+    together: bool = False,
+    goal: str = "equal_error",
+) -> tuple:
     """(figures, notes, ROC) of what the walk found; `together` adds up what several processes have, whose pairs already are."""
     answered = found.matches > 0
     rank = found.rank[answered]
@@ -251,7 +282,7 @@ def figures_of(found: Found, recall_at: tuple[int, ...] = RECALL_AT, threshold: 
     figures["queries_without_match"] = int(unanswered)
     notes: list[str] = []
     pairs = (part.cpu().numpy() for part in (found.score, found.same, found.different, found.width))
-    return figures, notes, _verify(*pairs, found.step, threshold, figures, notes)
+    return figures, notes, _verify(*pairs, found.step, threshold, goal, figures, notes)
 
 
 def _by_class(found: Found, labels: Tensor, gallery_labels: Tensor, classes: int) -> dict[str, np.ndarray]:
@@ -276,6 +307,7 @@ def _verify(
     width: np.ndarray | float,
     step: float,
     threshold: float | None,
+    goal: str,
     figures: dict,
     notes: list[str],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -304,13 +336,18 @@ def _verify(
                 figures[name] += float((rate - before) / (far[last] - before) * (tar[last] - figures[name]))
     precision = accepted[:, 0] / accepted.sum(1)
     figures["average_precision"] = float((precision * new_same / same).sum())
-    figures["best_f1"] = float((2 * precision * tar / np.maximum(precision + tar, 1e-12)).max())
+    f1 = 2 * precision * tar / np.maximum(precision + tar, 1e-12)
+    figures["best_f1"] = float(f1.max())
 
-    if threshold is None:
-        threshold = float(value[np.abs(far - (1 - tar)).argmin()])
+    if threshold is None and (rate := goal_rate(goal)) is not None:
+        last = int(np.searchsorted(far, rate, side="right"))
+        threshold = float(value[last - 1] if last else value[0] + step)
+    elif threshold is None:
+        threshold = float(value[f1.argmax() if goal == "best_f1" else np.abs(far - (1 - tar)).argmin()])
     last = int(np.searchsorted(-value, -(threshold - step / 2), side="right"))  # how many levels are accepted
     figures["threshold"] = threshold
-    figures["accuracy"] = float((tar[last - 1] + 1 - far[last - 1]) / 2) if last else 0.5
+    figures["far"], figures["frr"] = (float(far[last - 1]), float(1 - tar[last - 1])) if last else (0.0, 1.0)
+    figures["accuracy"] = 1 - (figures["far"] + figures["frr"]) / 2
 
     shown = _decimate(far, tar)
     origin = np.zeros(1)
@@ -340,7 +377,7 @@ def _decimate(far: np.ndarray, tar: np.ndarray, points: int = 1000) -> np.ndarra
 
 
 def evaluate_pairs(
-    scores: Tensor, same: Tensor, folds: Tensor | None = None, threshold: float | None = None
+    scores: Tensor, same: Tensor, folds: Tensor | None = None, threshold: float | None = None, goal: str = "equal_error"
 ) -> tuple[dict[str, float], list[str], tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Verification figures of a list of pairs, its notes and its ROC (far, tar, thresholds).
 
@@ -351,11 +388,11 @@ def evaluate_pairs(
         folds: int64 [P], the fold of each pair. Adds accuracy_10fold, with as many folds as there are: the mean over folds of the
             share of right answers, by the threshold that is best on the other folds, the lowest of their scores that is, or none
             accepted; and its standard error, accuracy_10fold_se (Huang et al. 2007, Labeled Faces in the Wild).
-        threshold: fitted on other pairs; None fits it here, at equal error.
+        threshold: fitted on other pairs; None fits it here, to this `goal`, see `evaluate`.
 
     Raises:
-        ValueError: a score is not finite (names its place); there is no same, or no different, pair, in all or outside a fold; or
-            shapes do not fit.
+        ValueError: a score is not finite (names its place); there is no same, or no different, pair, in all or outside a fold;
+            shapes do not fit; or there is no such goal.
     """
     scores, same, folds = scores.detach().cpu().double(), same.bool().cpu(), None if folds is None else folds.cpu()
     if scores.ndim != 1 or not scores.shape == same.shape == (same if folds is None else folds).shape:
@@ -373,7 +410,7 @@ def evaluate_pairs(
     level, place = (scores / step).round().unique(return_inverse=True)
     counts = [torch.bincount(place, kind.double(), len(level)).flip(0).numpy() for kind in (same, ~same)]
     figures, notes = {}, []
-    curve = _verify(level.flip(0).numpy() * step, *counts, step, step, threshold, figures, notes)
+    curve = _verify(level.flip(0).numpy() * step, *counts, step, step, threshold, goal, figures, notes)
     if folds is not None:
         right = []
         for fold in folds.unique():
@@ -402,6 +439,8 @@ def evaluate_tuples(
     ids: list[str] | None = None,
     threshold: float | None = None,
     f1_threshold: float | None = None,
+    goal: str = "equal_error",
+    calibration: list[float] | None = None,
     seed: int = 0,
 ) -> EvaluationResult:
     """Judge samples by the pairs or triplets that a list has of them. They have no classes, so the fields of classes are empty.
@@ -415,11 +454,12 @@ def evaluate_tuples(
             sort, such as forgeries, with all the pairs of the other sort.
         folds: int64 [P], see `evaluate_pairs`.
         where, ids: names for the pairs and the samples; their numbers by default.
-        threshold: the score from which a pair counts as the same, fitted on other pairs; None fits it here, at equal error.
+        threshold, goal, calibration: see `evaluate`.
         f1_threshold: likewise of `f1`; None fits it here, where f1 is highest, or, with a `threshold`, leaves f1 out.
         seed: of the embeddings kept.
 
-    Figures: those of `evaluate_pairs`, f1 and f1_threshold, and of triplets triplet_accuracy: the share whose positive is nearer.
+    Figures: those of `evaluate_pairs`, calibration_error, f1 and f1_threshold, and of triplets triplet_accuracy: the share whose
+    positive is nearer.
 
     Raises:
         ValueError: an embedding is not finite (names the rows), or there is no same, or no different, pair.
@@ -431,7 +471,10 @@ def evaluate_tuples(
         where = where and [name for name in where for _ in range(2)]
     rows, same = rows.to(embeddings.device), same.cpu()
     scores = pair_scores(distance, embeddings[rows[:, 0]], embeddings[rows[:, 1]]).cpu()
-    figures, notes, curve = evaluate_pairs(scores, same, folds, threshold)
+    figures, notes, curve = evaluate_pairs(scores, same, folds, threshold, goal)
+    counted = [part.double().numpy() for part in (scores, same, ~same)]
+    calibration = calibration or calibrate(*counted)
+    figures["calibration_error"] = calibration_error(*counted, *calibration)
     step = step_of(max(scores.max().item(), 0.0) - min(scores.min().item(), 0.0))
     level = (scores / step).round()
     if threshold is None or f1_threshold is not None:  # else one is of other pairs, and one fitted here would pass for it
@@ -472,6 +515,8 @@ def evaluate_tuples(
         confusions=nothing.reshape(0, 3),
         sampled=sampled.numpy(),
         embeddings=embeddings[sampled.to(embeddings.device)].half().cpu().numpy(),
+        pairs=[float(same.sum()), float((~same).sum())],
+        calibration=list(calibration),
     )
 
 

@@ -50,10 +50,11 @@ def mean_interval(values: Tensor, labels: Tensor) -> list[float]:
 
 
 @torch.no_grad()
-def pair_intervals(found: Found, auc: float, eer: float, embeddings: Tensor, labels: Tensor, distance: Module, seed: int = 0) -> dict:
-    """Intervals of `auc` and `eer` of all pairs of one set, which the walk has found.
+def pair_intervals(found: Found, figures: dict, embeddings: Tensor, labels: Tensor, distance: Module, seed: int = 0) -> dict:
+    """Intervals of `auc`, `eer`, and of `far` and `frr` at the threshold, of all pairs of one set, which the walk has found.
 
     Args:
+        figures: auc, eer and threshold.
         embeddings: float [N, D]; labels: int64 [N].
         seed: of the classes, and of their samples, that are looked at: of more than 1,000, or 4,096 in all, not all are.
     """
@@ -76,10 +77,13 @@ def pair_intervals(found: Found, auc: float, eer: float, embeddings: Tensor, lab
     above = (1 - same.cumsum(0) + same / 2).float().repeat_interleave(length)
     below = (different.cumsum(0) - different / 2).float().repeat_interleave(length)
     far, miss = found.different.cumsum(0) / found.different.sum(), 1 - found.same.cumsum(0) / found.same.sum()
-    crossing = int((far >= miss).int().argmax())
-    threshold, far, miss = found.score[crossing] / found.step, far.cpu(), miss.cpu()
+    auc, eer = figures["auc"], figures["eer"]
+    reached = int((found.score >= figures["threshold"] - found.step / 2).sum()) - 1
+    cuts = sorted({int((far >= miss).int().argmax()), max(reached, 0)})  # of equal error, and of the threshold
+    thresholds, far, miss = (found.score[cuts] / found.step).tolist(), far.cpu(), miss.cpu()
 
-    sums = {name: torch.zeros(len(classes), dtype=torch.float64, device=device) for name in ("above", "below", "far", "miss")}
+    names = ("above", "below", *((kind, cut) for cut in cuts for kind in ("far", "miss")))
+    sums = {name: torch.zeros(len(classes), dtype=torch.float64, device=device) for name in names}
     rows, place = torch.cat(rows).to(device), torch.arange(len(labels), device=device)
     for some, whose in zip(rows.split(256), owner.split(256), strict=True):
         left = levels.left(replace(part, order=part.order[some]), 0, len(some)).clone()
@@ -89,20 +93,24 @@ def pair_intervals(found: Found, auc: float, eer: float, embeddings: Tensor, lab
             alike, itself = part.labels[some][:, None] == part.labels[c:d], some[:, None] == place[c:d]
             number = (block - levels.empty).int()
             one = above.index_select(0, number.view(-1)).view(block.shape).masked_fill_(alike, 0)
-            accepted = block >= threshold
             sums["above"].index_add_(0, whose, one.sum(1, dtype=torch.float64) - auc * (~alike).sum(1))
-            sums["far"].index_add_(0, whose, (accepted & ~alike).sum(1).double() - far[crossing].item() * (~alike).sum(1))
             y, x = (alike & ~itself).nonzero().unbind(1)
             sums["below"].index_add_(0, whose[y], below[number[y, x]].double() - auc)
-            sums["miss"].index_add_(0, whose[y], (~accepted[y, x]).double() - miss[crossing].item())
+            for cut, threshold in zip(cuts, thresholds, strict=True):
+                accepted = block >= threshold
+                sums["far", cut].index_add_(0, whose, (accepted & ~alike).sum(1).double() - far[cut].item() * (~alike).sum(1))
+                sums["miss", cut].index_add_(0, whose[y], (~accepted[y, x]).double() - miss[cut].item())
     pairs = {"above": found.different.sum(), "far": found.different.sum(), "below": 2 * found.same.sum(), "miss": 2 * found.same.sum()}
-    moved = {name: weight * total / pairs[name] for name, total in sums.items()}
+    moved = {name: weight * total / pairs[name if isinstance(name, str) else name[0]] for name, total in sums.items()}
+    crossing = int((far >= miss).int().argmax())
     # The equal error lies where the curve, of this slope there, meets the diagonal.
     near = [int(torch.searchsorted(far, eer * share).clamp(max=len(far) - 1)) for share in (0.8, 1.25)]
     slope = float((miss[near[0]] - miss[near[1]]) / (far[near[1]] - far[near[0]]).clamp(min=1e-12))
     return {
         "auc": interval(auc, moved["above"] + moved["below"], len(counts)),
-        "eer": interval(eer, (slope * moved["far"] + moved["miss"]) / (slope + 1), len(counts)),
+        "eer": interval(eer, (slope * moved["far", crossing] + moved["miss", crossing]) / (slope + 1), len(counts)),
+        "far": interval(figures["far"], moved["far", max(reached, 0)], len(counts)),
+        "frr": interval(figures["frr"], moved["miss", max(reached, 0)], len(counts)),
     }
 
 

@@ -9,28 +9,49 @@ from rich.progress import Progress
 
 from siamese.bundle import Bundle
 from siamese.data.samples import Samples
+from siamese.decision import Decision, goal_rate
 from siamese.evaluation import EvaluationResult, evaluate, evaluate_tuples
 from siamese.protocols import oneshot_error
 
 log = logging.getLogger(__name__)
 
 
-def judge(model: Bundle, data, test: bool = True) -> dict[str, EvaluationResult]:
+def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error") -> dict[str, EvaluationResult]:
     """`val`, and with `test` also `test`, whose accuracy uses the threshold that was fitted on `val`.
 
     Args:
-        model: its threshold is set to the one fitted on validation.
+        model: its decision is set to the one fitted on validation.
         data: has `val`, `test` and `source`, as `SiameseData` does.
         test: False never touches the test split.
+        goal: of the threshold, see `siamese.decision.goal_rate`.
     """
-    results = {"val": judge_samples(model, data.val, None)}
-    model.threshold = results["val"].figures["threshold"]
+    results = {"val": judge_samples(model, data.val, None, goal=goal)}
+    model.decision = Decision.of(goal, results["val"])
     if test:
-        results["test"] = judge_samples(model, data.test, model.threshold, results["val"].figures.get("f1_threshold"))
+        results["test"] = judge_samples(model, data.test, model.decision, results["val"].figures.get("f1_threshold"))
         runs = [_embed_run(model, *run) for run in data.source.oneshot_runs()]
         if runs:
             results["test"].figures["omniglot_error"] = oneshot_error(runs, model.distance)
     return results
+
+
+def check_goal(goal: str, samples: Samples) -> None:
+    """Raises ValueError if there is no such goal for a threshold, or so few pairs of these samples differ that it cannot be fitted."""
+    rate = goal_rate(goal)
+    if rate is None:
+        return
+    if samples.tuples is not None:
+        different = int((~samples.tuples.pairs().same).sum())
+    else:
+        queries, gallery = (samples.labels[rows] for rows in samples.roles())
+        counts = [torch.bincount(side, minlength=len(samples.class_names)) for side in (queries, gallery)]
+        different = (len(queries) * len(gallery) - int((counts[0] * counts[1]).sum())) // (2 if samples.gallery is None else 1)
+    if rate * different < 10:
+        least = 10 / max(different, 1)
+        raise ValueError(
+            f"{goal} cannot be fitted: validation has {different:,} different pairs, of which {rate * different:.2g} would be accepted, "
+            f"ten are needed. " + (f"Say far_{least:.0e} or more" if least < 1 else "Say equal_error")
+        )
 
 
 def check_kind(encoder: type | torch.nn.Module, samples: Samples) -> None:
@@ -63,15 +84,20 @@ def last_as(row: str, results: dict[str, EvaluationResult]) -> dict[str, Evaluat
     return {row: list(results.values())[-1]}
 
 
-def judge_samples(model: Bundle, samples: Samples, threshold: float | None, f1_threshold: float | None = None) -> EvaluationResult:
-    """One split, by thresholds that were fitted on other samples; None fits them here.
+def judge_samples(
+    model: Bundle, samples: Samples, decision: Decision | None, f1_threshold: float | None = None, goal: str = "equal_error"
+) -> EvaluationResult:
+    """One split, by thresholds that were fitted on other samples; None fits them here, to this goal.
 
     Judged are the pairs or triplets that it lists, if it does, or its queries against its gallery, where it has these.
     """
     embeddings = model.embed(samples.inputs)
+    fitted = {"goal": goal}
+    if decision is not None:
+        fitted = {"threshold": decision.threshold, "calibration": [decision.slope, decision.intercept]}
     if samples.tuples is not None:
-        listed, thresholds = samples.tuples._asdict(), {"threshold": threshold, "f1_threshold": f1_threshold}
-        return evaluate_tuples(embeddings, distance=model.distance, ids=samples.ids, **listed, **thresholds)
+        listed = samples.tuples._asdict()
+        return evaluate_tuples(embeddings, distance=model.distance, ids=samples.ids, f1_threshold=f1_threshold, **listed, **fitted)
     labels, gallery, names = samples.labels, None, {"ids": samples.ids, "class_names": samples.class_names}
     if samples.gallery is not None:
         queries, held = samples.roles()
@@ -80,7 +106,7 @@ def judge_samples(model: Bundle, samples: Samples, threshold: float | None, f1_t
     with Progress(transient=True, disable=len(samples) < 10_000 or not Console().is_terminal) as bar:
         task = bar.add_task("judging", total=1.0)
         tell = lambda share: bar.update(task, completed=share)  # noqa: E731
-        return evaluate(embeddings, labels, model.distance, gallery=gallery, threshold=threshold, progress=tell, **names)
+        return evaluate(embeddings, labels, model.distance, gallery=gallery, progress=tell, **fitted, **names)
 
 
 def _embed_run(model: Bundle, queries: Samples, supports: Samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

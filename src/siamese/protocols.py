@@ -4,6 +4,8 @@ Scores (higher is more alike) are compared after rounding to the step of `siames
 resolved against us: of equal scores, the different class ranks first.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import Module
@@ -12,6 +14,7 @@ from siamese._walk import Levels, Ranks
 from siamese.distances import scores
 
 METHODS = ("prototype", "nearest")
+RATES = (0.1, 0.01, 0.001)
 _GATHERED = 2**17  # numbers in double precision that are copied out at a time: 1 MB, which stays in a processor's cache
 _SCORES = 2**22  # computed at a time, if the gallery is no larger than that
 
@@ -134,7 +137,7 @@ def identify(
     gallery: Tensor,
     gallery_labels: Tensor,
     distance: Module,
-    rates: tuple[float, ...] = (0.1, 0.01, 0.001),
+    rates: tuple[float, ...] = RATES,
 ) -> tuple[dict[str, float], list[str]]:
     """Open-set identification (Phillips, Grother and Micheals 2011, Handbook of Face Recognition; ISO/IEC 19795-1).
 
@@ -160,9 +163,58 @@ def identify(
     strangers = int((~enrolled).sum())
     if strangers in (0, len(labels)):
         raise ValueError(f"of {len(labels):,} probes {strangers:,} are strangers to the gallery: there must be enrolled ones and strangers")
-    own, other = _best(probes, labels, gallery, gallery_labels, distance)
-    own, first, alarms = own[enrolled], (own > other)[enrolled], other[~enrolled].sort(descending=True).values
+    return _at_rates(*_answers(probes, labels, gallery, gallery_labels, enrolled, distance), rates)
 
+
+@torch.no_grad()
+def open_set(embeddings: Tensor, labels: Tensor, distance: Module, seed: int = 0) -> tuple[dict[str, float], list[str], Tensor]:
+    """Open-set identification from one sample of each of half of the classes; the other half are strangers.
+
+    Half of the classes with two samples or more, at most 1,000 of them, and their samples are drawn from labels and seed; of all other
+    samples at most 10,000 are probes.
+
+    Args:
+        embeddings: float [N, D], finite.
+        labels: int64 [N].
+
+    Returns:
+        the figures and notes of `identify`, and a curve, float64 [<= 200, 2]: false-alarm rate, detection and identification rate.
+
+    Raises:
+        ValueError: there are no two classes with two samples.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=draw).to(labels.device)
+    kinds, member, counts = labels[order].unique(return_inverse=True, return_counts=True)
+    able = (counts > 1).nonzero().flatten().cpu()
+    if len(able) < 2:
+        raise ValueError(f"open-set identification needs two classes with two samples, of {len(kinds)} classes {len(able)} have them")
+    first = torch.full_like(counts, len(order)).scatter_reduce_(0, member, torch.arange(len(order), device=labels.device), "amin")
+    chosen = able[torch.randperm(len(able), generator=draw)[: min(len(able) // 2, 1000)]].to(labels.device)
+    kept = torch.ones(len(order), dtype=torch.bool, device=labels.device)
+    kept[first[chosen]] = False
+    gallery, probes = order[first[chosen]], order[kept]
+    # Of many samples as many of those that are enrolled as of strangers.
+    known = torch.isin(labels[probes], labels[gallery])
+    probes, known = (torch.cat([part[known][:5000], part[~known][:5000]]) for part in (probes, known))
+    own, right, alarms = _answers(embeddings[probes], labels[probes], embeddings[gallery], labels[gallery], known, distance)
+    figures, notes = _at_rates(own, right, alarms, RATES)
+    allowed = torch.logspace(0, -math.log10(len(alarms)), 200, dtype=torch.float64).mul(len(alarms)).long().unique()
+    refused = torch.cat([alarms, alarms.new_full((1,), -torch.inf)])[allowed.to(alarms.device)]
+    detected = (right & (own > refused[:, None])).double().mean(1)
+    return figures, notes, torch.stack([allowed.to(alarms.device) / len(alarms), detected], 1).cpu()
+
+
+def _answers(
+    probes: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, enrolled: Tensor, distance: Module
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of those enrolled the level of their own class and whether it is the best; of strangers the best levels, highest first."""
+    own, other = _best(probes, labels, gallery, gallery_labels, distance)
+    return own[enrolled], (own > other)[enrolled], other[~enrolled].sort(descending=True).values
+
+
+def _at_rates(own: Tensor, first: Tensor, alarms: Tensor, rates: tuple[float, ...]) -> tuple[dict[str, float], list[str]]:
+    strangers = len(alarms)
     figures, notes = {"rank_1_identification": first.double().mean().item()}, []
     for rate in rates:
         mantissa, exponent = f"{rate:e}".split("e")

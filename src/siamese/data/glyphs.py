@@ -36,6 +36,9 @@ class Glyphs(Source):
     def __init__(self, homoglyph_filter: bool = True):
         self.homoglyph_filter = homoglyph_filter
 
+    def reading(self) -> dict:
+        return {"_target_": "siamese.data.reading.ImageReader", "size": 32, "channels": 1, "ink": True}
+
     def split(self, name: str) -> Samples:
         letters = _letters(self.homoglyph_filter)
         wanted = [letter for letter in letters if _script(letter) in SPLITS[name]]

@@ -9,15 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from rich.console import Console
 from rich.progress import Progress
 
 from siamese.data.listing import Listed, ListedSource, role_name, rows, split_name
+from siamese.data.reading import ENDINGS, FITS, decode
 from siamese.data.samples import Finding, Samples
 
-ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-FITS = ("pad", "crop", "stretch")
 _CHUNK = 1024
 
 
@@ -62,8 +60,11 @@ class Images(ListedSource):
         super().__init__(val, test, split_seed)
         self.path, self.size, self.channels, self.fit, self.cache = Path(path), size, channels, fit, cache
 
+    def reading(self) -> dict:
+        return {"_target_": "siamese.data.reading.ImageReader", "size": self.size, "channels": self.channels, "fit": self.fit}
+
     def listed(self) -> list[Listed]:
-        listed, self._findings[""] = _from_folder(self.path) if self.path.is_dir() else _from_table(self.path)
+        listed, self._findings[""] = from_folder(self.path) if self.path.is_dir() else from_table(self.path)
         return listed
 
     def read(self, listed: list[Listed], name: str) -> tuple[Samples, list[Finding]]:
@@ -90,16 +91,23 @@ class Images(ListedSource):
         return (self.path if self.path.is_dir() else self.path.parent) / sample.what
 
 
-def _from_folder(folder: Path) -> tuple[list[Listed], list[Finding]]:
-    listed, loose, other = [], [], []
-    files = (Path(inside, name) for inside, _, names in os.walk(folder, followlinks=True) for name in names)
-    for path in sorted(files):
-        inside = path.relative_to(folder)
-        if any(part.startswith((".", "__MACOSX")) for part in inside.parts):
-            continue
-        if path.suffix.lower() not in ENDINGS:
-            other.append(str(inside))
-            continue
+def images_in(folder: Path) -> tuple[list[Path], list[str]]:
+    """The images below a folder, and what else is there, but for what is hidden; both below the folder."""
+    files = (Path(inside, name).relative_to(folder) for inside, _, names in os.walk(folder, followlinks=True) for name in names)
+    shown = [path for path in sorted(files) if not any(part.startswith((".", "__MACOSX")) for part in path.parts)]
+    images = [path for path in shown if path.suffix.lower() in ENDINGS]
+    return images, [str(path) for path in shown if path.suffix.lower() not in ENDINGS]
+
+
+def from_folder(folder: Path) -> tuple[list[Listed], list[Finding]]:
+    """The images below a folder, with the folders that they lie in as their classes, and what is to be told of the others.
+
+    Raises:
+        ValueError: there are none.
+    """
+    images, other = images_in(folder)
+    listed, loose = [], []
+    for inside in images:
         first = inside.parts[0].lower()
         try:
             split = split_name(first, "") if len(inside.parts) > 2 else ""
@@ -122,7 +130,7 @@ def _from_folder(folder: Path) -> tuple[list[Listed], list[Finding]]:
     return listed, [finding for finding in findings if finding.where]
 
 
-def _from_table(table: Path) -> tuple[list[Listed], list[Finding]]:
+def from_table(table: Path) -> tuple[list[Listed], list[Finding]]:
     found, unused = rows(table, ("path", "label"), ("split", "group", "role"))
     listed, first, twice = [], {}, []
     for row, entries in found:
@@ -201,50 +209,3 @@ def _write_all(files: list[Path], size: int, channels: int, fit: str, name: str,
 
 def _progress(total: int) -> Progress:
     return Progress(transient=True, disable=total < 1000 or not Console().is_terminal)
-
-
-def decode(file: Path, size: int, channels: int, fit: str) -> tuple[np.ndarray | None, tuple[int, int] | str]:
-    """uint8 [channels, size, size] and the image's own (width, height); or None and why it cannot be read."""
-    try:
-        with Image.open(file) as image:
-            whole = image.size
-            # A JPEG can be decoded at a half, a quarter, an eighth of its size, which takes so much less time.
-            image.draft("RGB" if channels == 3 else "L", (2 * size, 2 * size))
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16 bits or more: Pillow would cut them off at 255
-                image = Image.fromarray(_scaled(np.asarray(image)))
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("RGB" if channels == 3 else "L")
-            if fit == "pad" and image.width != image.height:
-                image = ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC, color=_border(image))
-            elif fit == "crop":
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-            else:
-                image = image.resize((size, size), Image.Resampling.BICUBIC)
-            pixels = np.asarray(image).reshape(size, size, channels)
-    except FileNotFoundError:
-        return None, "there is no such file"
-    except UnidentifiedImageError:
-        return None, "it is no image" if file.stat().st_size else "it is empty"
-    except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError, zlib.error) as error:
-        return None, str(error).partition("\n")[0][:100]
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), whole
-
-
-def _scaled(values: np.ndarray) -> np.ndarray:
-    """Grey values of any range to uint8: 16 bits keep their upper eight, others are stretched from their least to their largest."""
-    if values.dtype == np.uint16 or (values.min() >= 0 and 255 < values.max() < 2**16):
-        return (values / 256).astype(np.uint8)
-    values = values.astype(np.float64)
-    width = max(float(values.max() - values.min()), 1e-12)
-    return ((values - values.min()) / width * 255).astype(np.uint8)
-
-
-def _border(image: Image.Image) -> tuple[int, ...] | int:
-    """The median colour along an image's border."""
-    pixels = np.asarray(image)
-    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
-    colour = np.median(edge, axis=0).astype(int)
-    return tuple(colour.tolist()) if colour.ndim else int(colour)

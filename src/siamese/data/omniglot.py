@@ -67,6 +67,9 @@ class Omniglot(Source):
             self._splits[name] = self._load(name)
         return self._splits[name]
 
+    def reading(self) -> dict:
+        return {"_target_": "siamese.data.reading.ImageReader", "size": self.size, "channels": 1, "ink": True}
+
     def oneshot_runs(self) -> list[tuple[Samples, Samples]]:
         """The authors' 20 runs of 20-way one-shot classification within an alphabet, as (queries, supports).
 

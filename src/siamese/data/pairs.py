@@ -55,7 +55,10 @@ class Pairs(ListedSource):
             raise ValueError(f"holds={holds} must be texts or images")
         super().__init__(val, test, split_seed)
         self.path = Path(path)
-        self.reader = Texts(path, max_bytes=max_bytes) if holds == "texts" else Images(path, size, channels, fit, cache=cache)
+        self._holds = Texts(path, max_bytes=max_bytes) if holds == "texts" else Images(path, size, channels, fit, cache=cache)
+
+    def reading(self) -> dict:
+        return self._holds.reading()
 
     def lines(self) -> list[dict[str, str]]:
         """Each pair's entries by column: `self.columns`, `same` of pairs, `split`, `kind`, and `where`, the file and row."""
@@ -125,7 +128,7 @@ class Pairs(ListedSource):
             for column, item in zip(self.columns, items, strict=True):
                 first.setdefault(item, f"{line['where']}, {column}")
         items_of = list(first)
-        samples, findings = self.reader.read([Listed(item, str(n), where) for n, (item, where) in enumerate(first.items())], name)
+        samples, findings = self._holds.read([Listed(item, str(n), where) for n, (item, where) in enumerate(first.items())], name)
         what = "pairs" if pairs else "triplets"
         place = {items_of[int(samples.class_names[label])]: row for row, label in enumerate(samples.labels.tolist())}
         read = [(line, items, same) for line, items, same in kept if all(item in place for item in items)]

@@ -187,6 +187,10 @@ class Source:
         """`name` is "train", "val" or "test"; only what is asked for is read."""
         raise NotImplementedError
 
+    def reading(self) -> dict | None:
+        """How files, texts or rows that come later are read: a part of a `Bundle`, a `siamese.data.reading.Reader`; None: not at all."""
+        return None
+
     def findings(self) -> list[Finding]:
         """What came to light while splits were read; none by default."""
         return []

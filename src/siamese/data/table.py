@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from siamese.data.listing import Listed, ListedSource, rows, split_name
+from siamese.data.reading import EMPTY, RowReader, is_number
 from siamese.data.samples import Finding, Samples
 
 _CATEGORIES = 1000
-_EMPTY = ("", "na", "n/a", "nan", "null", "none")  # in a column of numbers, in any case
 
 
 class Table(ListedSource):
@@ -61,7 +61,7 @@ class Table(ListedSource):
         for name, known in self.columns.items():
             known = known if isinstance(known, float) else set(known)
             for sample, text in zip(mine, (row.get(name, "") for row in entries), strict=True):
-                if isinstance(known, float) and text.lower() in _EMPTY:
+                if isinstance(known, float) and text.lower() in EMPTY:
                     holes.append(f"{sample.where}: {name}")
                 elif not isinstance(known, float) and text and text not in known:
                     unknown.append(f"{sample.where}: {name} is {text!r}")
@@ -74,17 +74,14 @@ class Table(ListedSource):
         Raises:
             ValueError: an entry of a column of numbers is none.
         """
+        inputs, failed = RowReader(self.reading()["columns"]).read(entries)
+        if failed:
+            raise ValueError(next(iter(failed.values())))
+        return inputs
+
+    def reading(self) -> dict:
         self.shared_out()
-        columns = []
-        for name, known in self.columns.items():
-            texts = ["" if row.get(name) is None else str(row[name]).strip() for row in entries]
-            if isinstance(known, float):
-                columns.append(torch.tensor([[_number(text, name, known)] for text in texts], dtype=torch.float32).view(-1, 1))
-            else:
-                place = {text: column for column, text in enumerate(known)}
-                found = torch.tensor([place.get(text, len(known)) for text in texts], dtype=torch.int64)
-                columns.append(torch.eye(len(known) + 1)[found][:, :-1])
-        return torch.cat(columns, 1)
+        return {"_target_": "siamese.data.reading.RowReader", "columns": self.columns}
 
     def listed(self) -> list[Listed]:
         found, others = rows(self.path, (self.label,))
@@ -114,12 +111,12 @@ class Table(ListedSource):
             if len(values) < 2:
                 alone.append(name)
                 continue
-            known = [text for text in texts if text.lower() not in _EMPTY]
-            odd = [row for row, text in enumerate(texts) if not _is_number(text) and text.lower() not in _EMPTY]
+            known = [text for text in texts if text.lower() not in EMPTY]
+            odd = [row for row, text in enumerate(texts) if not is_number(text) and text.lower() not in EMPTY]
             if name not in self.categories and 0 < len(odd) <= len(known) / 10:
                 where, text = training[odd[0]].where, texts[odd[0]]
                 raise ValueError(f"{where}: {name} is {text!r} among numbers: mend it, or say dataset.categories=[{name}]")
-            if name not in self.categories and known and all(map(_is_number, known)):
+            if name not in self.categories and known and all(map(is_number, known)):
                 self.columns[name] = math.fsum(map(float, known)) / len(known)
             elif len(values) > _CATEGORIES:
                 raise ValueError(
@@ -131,18 +128,3 @@ class Table(ListedSource):
         if not self.columns:
             raise ValueError(f"{self.path} has no column to learn from, besides {', '.join([self.label, *self.ignore, *alone])}")
         self._findings[""] = [Finding(False, "columns of one value in training, which are left out", alone, "name them in dataset.ignore")]
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
-
-
-def _number(text: str, name: str, mean: float) -> float:
-    if text.lower() in _EMPTY:
-        return mean
-    if not _is_number(text):
-        raise ValueError(f"{name} is a column of numbers in training, but has {text!r}: mend it, or say dataset.categories=[{name}]")
-    return float(text)

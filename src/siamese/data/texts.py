@@ -56,6 +56,9 @@ class Texts(ListedSource):
         super().__init__(val, test, split_seed)
         self.path, self.text, self.label, self.max_bytes = Path(path), text, label, max_bytes
 
+    def reading(self) -> dict:
+        return {"_target_": "siamese.data.reading.TextReader", "max_bytes": self.max_bytes}
+
     def listed(self) -> list[Listed]:
         found, others = rows(self.path, (self.label,), ("split", "group"))
         if self.text not in others:
