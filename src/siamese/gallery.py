@@ -1,0 +1,269 @@
+"""Enrolled references, held in memory and searched exactly: all that a new class needs is one of them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity, DotProductSimilarity, LpDistance
+from torch import Tensor
+from torch.nn import Module
+
+from siamese.distances import pair_scores, scores
+
+RULES = ("nearest", "prototype")
+_BLOCK = 2**16  # references in one tensor: what is added or removed copies no more than its own blocks
+_COLUMNS = 2**14  # references that are compared at a time
+_QUERIES = 256
+_ROWS = 2048
+_SPARE = 8  # candidates beyond those asked for: single precision may put them in another order
+
+
+class Match(NamedTuple):
+    """A class, the score of a query with it (higher is more alike), and the id of the reference that gave it; "" of a prototype."""
+
+    label: str
+    score: float
+    reference: str
+
+
+class Gallery:
+    """References, each an embedding with a class and an id. A class may have one, or many.
+
+    Memory: 4 bytes for each number of an embedding, and some 100 for each id.
+
+    Args:
+        distance: a pytorch-metric-learning distance, the one the embeddings were trained with. References are kept as it
+            normalises them.
+        embedding_size: of the embeddings.
+    """
+
+    def __init__(self, distance: Module, embedding_size: int):
+        self.distance, self.embedding_size = distance, embedding_size
+        self.blocks: list[Tensor] = []  # float32 [<= _BLOCK, D] each
+        self.labels = torch.empty(0, dtype=torch.int64)  # [N], numbers of classes
+        self.names: list[str] = []  # of the classes
+        self.ids: list[str] = []  # [N]
+        self._numbers: dict[str, int] = {}
+        self._prototypes: Tensor | None = None
+        plain = getattr(distance, "p", None) == 2 and getattr(distance, "power", None) == 1
+        self._product = plain and type(distance) in (CosineSimilarity, DotProductSimilarity)
+        self._euclidean = plain and type(distance) is LpDistance
+
+    def restore(self, blocks: list[Tensor], labels: Tensor, names: list[str], ids: list[str]) -> None:
+        """Take over what another gallery of this kind has held, as it is: its references are normalised already."""
+        self.blocks, self.labels, self.names, self.ids = blocks, labels, names, ids
+        self._numbers, self._prototypes = {name: place for place, name in enumerate(names)}, None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def classes(self) -> dict[str, int]:
+        """How many references each class has."""
+        counts = torch.bincount(self.labels, minlength=len(self.names)).tolist()
+        return dict(zip(self.names, counts, strict=True))
+
+    def of(self, label: str) -> tuple[Tensor, list[str]]:
+        """The references of a class, float32 [n, D], and their ids."""
+        rows = (self.labels == self._numbers[label]).nonzero().flatten()
+        return self._take(rows), [self.ids[row] for row in rows.tolist()]
+
+    @torch.no_grad()
+    def add(self, labels: list[str], embeddings: Tensor, ids: list[str]) -> None:
+        """Enrol float [n, D] embeddings; one whose class has a reference of the same id takes its place.
+
+        Raises:
+            ValueError: an embedding is not finite (names its id) or of another size; there are not as many labels and ids; a
+                label is empty.
+        """
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_size or not len(labels) == len(ids) == len(embeddings):
+            raise ValueError(
+                f"embeddings are {list(embeddings.shape)}, with {len(labels)} labels and {len(ids)} ids: the gallery's are "
+                f"[{len(ids)}, {self.embedding_size}]"
+            )
+        if broken := [name for name, fine in zip(ids, embeddings.isfinite().all(1).tolist(), strict=True) if not fine]:
+            raise ValueError(f"embeddings of {len(broken)} references are NaN or infinite, among them {broken[0]}")
+        if not all(labels):
+            raise ValueError(f"{ids[labels.index('')]} has no class")
+        last = {key: place for place, key in enumerate(zip(labels, ids, strict=True))}  # of two equal ones the later counts
+        kept = sorted(last.values())
+        labels, ids, embeddings = [labels[i] for i in kept], [ids[i] for i in kept], embeddings[kept]
+        if self._has(last):
+            numbers = self.labels.tolist()
+            self._drop([row for row, name in enumerate(self.ids) if (self.names[numbers[row]], name) in last])
+        for label in labels:
+            if self._numbers.setdefault(label, len(self.names)) == len(self.names):
+                self.names.append(label)
+        self.labels = torch.cat([self.labels, torch.tensor([self._numbers[label] for label in labels], dtype=torch.int64)])
+        self.ids += ids
+        self._append(self.distance.maybe_normalize(embeddings.detach().cpu().float()))
+        self._prototypes = None
+
+    def _has(self, keys: dict) -> bool:
+        known = {name for label, name in keys if label in self._numbers}
+        return bool(known) and not known.isdisjoint(self.ids)
+
+    def _append(self, embeddings: Tensor) -> None:
+        if self.blocks and len(self.blocks[-1]) < _BLOCK:
+            embeddings = torch.cat([self.blocks.pop(), embeddings])
+        self.blocks += [block if len(block) == len(embeddings) else block.clone() for block in embeddings.split(_BLOCK) if len(block)]
+
+    def remove(self, label: str) -> int:
+        """Forget a class; gives back how many references it had.
+
+        Raises:
+            KeyError: there is no such class.
+        """
+        number = self._numbers[label]
+        rows = (self.labels == number).nonzero().flatten().tolist()
+        self._drop(rows)
+        self.names.pop(number)
+        self._numbers = {name: place for place, name in enumerate(self.names)}
+        self.labels -= (self.labels > number).long()
+        return len(rows)
+
+    def _drop(self, rows: list[int]) -> None:
+        if not rows:
+            return
+        kept = torch.ones(len(self), dtype=torch.bool)
+        kept[rows] = False
+        blocks, self.blocks = self.blocks, []
+        for block, part in zip(blocks, kept.split([len(block) for block in blocks]), strict=True):
+            self._append(block if part.all() else block[part])
+        self.labels = self.labels[kept]
+        gone = set(rows)
+        self.ids = [name for row, name in enumerate(self.ids) if row not in gone]
+        self._prototypes = None
+
+    @torch.no_grad()
+    def search(self, queries: Tensor, k: int = 5, rule: str = "nearest") -> list[list[Match]]:
+        """The k classes most alike to each of float [Q, D] queries, best first; fewer if there are no more.
+
+        Args:
+            rule: a class is as alike as its "nearest" reference, or as their mean, its "prototype" (Snell, Swersky and Zemel
+                2017, arXiv:1703.05175).
+
+        Raises:
+            ValueError: another rule or size of the queries, or nothing is enrolled.
+        """
+        if rule not in RULES or k < 1:
+            raise ValueError(f"the rule is one of {', '.join(RULES)}, not {rule!r}, and k at least 1, not {k}")
+        if not len(self):
+            raise ValueError("nothing is enrolled in this gallery yet")
+        if queries.dim() != 2 or queries.shape[1] != self.embedding_size:
+            raise ValueError(f"queries are {list(queries.shape)}, the gallery's embeddings have {self.embedding_size} numbers")
+        queries = self.distance.maybe_normalize(queries.detach().cpu().float())
+        return [found for part in queries.split(_QUERIES) for found in self._search(part, k, rule)]
+
+    def _search(self, queries: Tensor, k: int, rule: str) -> list[list[Match]]:
+        if rule == "prototype":
+            score, number = self._nearest(queries, [self._means()], min(k, len(self.names)))
+            return [
+                [Match(self.names[c], s, "") for s, c in zip(*both, strict=True)]
+                for both in zip(score.tolist(), number.tolist(), strict=True)
+            ]
+        k = min(k, len(self.names))
+        depth = k if len(self.names) == len(self) else 4 * k
+        found: list[dict[int, Match]] = [{} for _ in queries]
+        left = list(range(len(queries)))
+        while left:  # where a few classes have all of the nearest references: look again, without these classes
+            most = max(len(found[query]) for query in left)
+            without = torch.tensor([[*found[query], *[-1] * (most - len(found[query]))] for query in left], dtype=torch.int64)
+            score, row = self._nearest(queries[left], self.blocks, min(depth, len(self)), without)
+            number = self.labels[row]
+            for query, *both in zip(left, score.tolist(), row.tolist(), number.tolist(), strict=True):
+                best = found[query]
+                for s, r, c in zip(*both, strict=True):
+                    if c not in best and len(best) < k and s > -math.inf:
+                        best[c] = Match(self.names[c], s, self.ids[r])
+            left = [query for query in left if len(found[query]) < k]
+        return [list(best.values()) for best in found]
+
+    def _nearest(self, queries: Tensor, blocks: list[Tensor], depth: int, without: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """float64 scores and int64 rows, [Q, depth], of the references most alike, best first; of equal ones the first.
+
+        Args:
+            without: int64 [Q, m] numbers of classes that do not count, each query's own; their scores are -inf.
+        """
+        value, row, start = [], [], 0
+        centre = torch.cat([block.mean(0, keepdim=True) for block in blocks]).mean(0) if self._centred else None
+        for block in blocks:
+            for part in block.split(_COLUMNS):
+                alike = self._alike(queries, part, centre)
+                if without is not None:
+                    for number in without.T:
+                        alike.masked_fill_(self.labels[start : start + len(part)] == number[:, None], -torch.inf)
+                one, where = alike.topk(min(depth + _SPARE, len(part)), sorted=False)
+                value.append(one)
+                row.append(where + start)
+                start += len(part)
+        value, place = torch.cat(value, 1).topk(min(depth + _SPARE, sum(one.shape[1] for one in value)))
+        row, order = torch.cat(row, 1).gather(1, place).sort(1)
+        # In double precision, as they are told: in the order of single precision two may have changed places.
+        pairs = queries.repeat_interleave(row.shape[1], 0).split(_COLUMNS), self._take(row.flatten(), blocks).split(_COLUMNS)
+        exact = torch.cat([pair_scores(self.distance, *pair) for pair in zip(*pairs, strict=True)]).view(row.shape)
+        exact = exact.masked_fill(value.gather(1, order) == -torch.inf, -torch.inf)
+        exact, order = exact.sort(dim=1, descending=True, stable=True)
+        return exact[:, :depth], row.gather(1, order[:, :depth])
+
+    @property
+    def _centred(self) -> bool:
+        return self._euclidean and not self.distance.normalize_embeddings
+
+    def _alike(self, queries: Tensor, references: Tensor, centre: Tensor | None) -> Tensor:
+        """[Q, R], in the order of the scores along each row."""
+        if self._product:
+            return queries @ references.T
+        if self._euclidean:  # |q - r|^2 is |q|^2 - 2 q r + |r|^2; near the centre little is lost to rounding
+            if centre is not None:
+                queries, references = queries - centre, references - centre
+            return torch.addmm(references.square().sum(1), queries, references.T, beta=-1, alpha=2)
+        return scores(self.distance, queries, references)
+
+    def _take(self, rows: Tensor, blocks: list[Tensor] | None = None) -> Tensor:
+        """float32 [n, D], the references of these rows."""
+        blocks = self.blocks if blocks is None else blocks
+        taken, start = torch.empty(len(rows), self.embedding_size), 0
+        for block in blocks:
+            inside = ((rows >= start) & (rows < start + len(block))).nonzero().flatten()
+            taken[inside] = block[rows[inside] - start]
+            start += len(block)
+        return taken
+
+    def _means(self) -> Tensor:
+        """float32 [C, D], the mean reference of each class."""
+        if self._prototypes is None:
+            total = torch.zeros(len(self.names), self.embedding_size, dtype=torch.float64)
+            for block, labels in zip(self.blocks, self.labels.split([len(block) for block in self.blocks]), strict=True):
+                total.index_add_(0, labels, block.double())
+            mean = total / torch.bincount(self.labels, minlength=len(self.names))[:, None]
+            self._prototypes = self.distance.maybe_normalize(mean).float()
+        return self._prototypes
+
+
+@torch.no_grad()
+def pairs_above(distance: Module, embeddings: Tensor, threshold: float, most: int = 10_000_000) -> tuple[Tensor, Tensor]:
+    """All pairs of float [N, D] embeddings whose score reaches the threshold, the most alike first.
+
+    Returns:
+        int64 [P, 2] rows, the first the smaller, and float64 [P] scores. Memory is that of the pairs, and of a block of scores.
+
+    Raises:
+        ValueError: they are more than `most`.
+    """
+    rows, exact, count = [], [], 0
+    for a in range(0, len(embeddings), _ROWS):
+        for b in range(a, len(embeddings), _ROWS):
+            left, right = embeddings[a : a + _ROWS], embeddings[b : b + _ROWS]
+            block = scores(distance, left, right)
+            near = block >= threshold - 1e-4 * max(abs(threshold), 1)  # in single precision; which of them do is seen below
+            pairs = (near.triu(1) if a == b else near).nonzero()
+            score = pair_scores(distance, left[pairs[:, 0]], right[pairs[:, 1]])
+            kept = score >= threshold
+            rows.append(pairs[kept] + torch.tensor([a, b]))
+            exact.append(score[kept])
+            count += len(exact[-1])
+            if count > most:
+                raise ValueError(f"more than {most:,} pairs reach the threshold {threshold:.4f}: ask for fewer false accepts")
+    rows, exact = torch.cat(rows or [torch.empty(0, 2, dtype=torch.int64)]), torch.cat(exact or [torch.empty(0, dtype=torch.float64)])
+    order = exact.argsort(descending=True, stable=True)
+    return rows[order], exact[order]
