@@ -112,6 +112,8 @@ def enrol(options) -> int:
         people = loaded(options, options.model)
     else:
         raise Refused(f"there is no gallery {options.gallery} yet: say --model CHECKPOINT to begin one")
+    if not Path(options.gallery).absolute().parent.is_dir():
+        raise Refused(f"{options.gallery}: there is no such folder")
     found = collect(people, options.inputs, options.label or True)
     embeddings, unreadable = embedded(people, found)
     if unreadable:
@@ -148,12 +150,14 @@ def identify(options) -> int:
     if options.json:
         tell(options, told)
     else:
-        heads = ["sample", "class", "score", "runner-up", "score", ""]
-        print_table(heads, [_line(name, answer) for name, answer in zip(names, answers, strict=True)])
-        if expected is not None:
+        if answers:
+            heads = ["sample", "class", "score", "runner-up", "score", ""]
+            print_table(heads, [_line(name, answer) for name, answer in zip(names, answers, strict=True)])
+        if answers and expected is not None:
             rate = f"at most {expected:.2%} of strangers reach it" if expected < 1 else "any number of strangers may reach it"
             say(f"threshold {threshold:.4f}: {rate}" + _why_not(people, options, expected))
         say_triage(triage)
+        say_unreadable(unreadable)
     return 2 if unreadable else int(any(answer.label is None for answer in answers))
 
 
@@ -172,13 +176,13 @@ def _why_not(people, options, expected: float) -> str:
 
 def verify(options) -> int:
     people = loaded(options, options.model)
-    pair = []
+    threshold, pair = _threshold(people, options), []
     for place in (options.one, options.other):
         found = collect(people, [place])
         if len(found.items) != 1:
             raise Refused(f"{place} holds {len(found.items)} inputs: verification is of one and another")
         pair.append(found.items[0])
-    answer = people.verify(*pair, _threshold(people, options))
+    answer = people.verify(*pair, threshold)
     text = f"{'same' if answer.same else 'different'}: score {answer.score:.4f}, threshold {answer.threshold:.4f}"
     if answer.far is not None:
         text += f", where {answer.far:.2%} of different pairs are accepted and {answer.frr:.2%} of same pairs refused"

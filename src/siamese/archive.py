@@ -12,7 +12,7 @@ import safetensors
 import torch
 
 from siamese.bundle import write_safetensors
-from siamese.recognition import CHUNK, Recognizer
+from siamese.recognition import Recognizer
 
 ENDINGS = (".parquet", ".npz")
 
@@ -26,7 +26,7 @@ def check(path: str | os.PathLike) -> None:
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            raise ValueError(f"{path}: to write Parquet run `pip install -e '.[parquet]'`, or say .npz") from None
+            raise ValueError(f"{path}: to write Parquet run `pip install -e .[parquet]`, or say .npz") from None
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{path}: there is no folder {Path(path).absolute().parent}")
 
@@ -57,17 +57,18 @@ def write(
     check(path)
     path = Path(path)
     parts = path.with_name(f"{path.name}.parts")
-    head = json.dumps({"model": recognizer.fingerprint, "items": _digest(items, names), "chunk": CHUNK})
+    head = json.dumps({"model": recognizer.fingerprint, "items": _digest(items, names), "chunk": recognizer.chunk})
     if (parts / "head.json").is_file() and (parts / "head.json").read_text() != head:
         say(f"{parts} is of another model, or of other files: it is begun anew")
         shutil.rmtree(parts)
     parts.mkdir(exist_ok=True)
     (parts / "head.json").write_text(head)
-    starts = range(0, len(items), CHUNK)
+    size = recognizer.chunk
+    starts = range(0, len(items), size)
     done = {start for start in starts if _part(parts, start) is not None}
     if done:
-        say(f"{min(len(done) * CHUNK, len(items)):,} of {len(items):,} are embedded already")
-        advance(min(len(done) * CHUNK, len(items)))
+        say(f"{min(len(done) * size, len(items)):,} of {len(items):,} are embedded already")
+        advance(min(len(done) * size, len(items)))
     for start, embeddings, failed in recognizer.stream(items, done):
         write_safetensors({"embeddings": embeddings}, parts / f"{start}.safetensors", {"failed": json.dumps(failed)})
         advance(len(embeddings) + len(failed))
@@ -76,7 +77,7 @@ def write(
         shutil.rmtree(parts)
         raise ValueError(f"none of {len(items):,} inputs can be read, such as {unreadable[0][0]}: {unreadable[0][1]}")
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    chunks = ((names[start : start + CHUNK], *_part(parts, start)) for start in starts)
+    chunks = ((names[start : start + size], *_part(parts, start)) for start in starts)
     try:
         (_write_parquet if path.suffix.lower() == ".parquet" else _write_npz)(partial, chunks, recognizer.fingerprint)
         os.replace(partial, path)

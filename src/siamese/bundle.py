@@ -173,6 +173,8 @@ def write_safetensors(tensors: dict[str, Tensor], path: str | os.PathLike, metad
         os.umask(umask)
         partial.chmod(0o666 & ~umask)
         os.replace(partial, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from siamese.bundle import Bundle, write_safetensors
+from siamese.data.reading import ImageReader
 from siamese.distances import pair_scores, scores
 from siamese.gallery import Gallery, Match
 
-CHUNK = 512  # inputs that are read and embedded together
+_CHUNK, _NUMBERS = 512, 2**24  # inputs that are read and embedded together, of at most so many numbers
+_ROUNDING = 2**-20  # of a score: what the same input differs by when it is embedded among others
 _LONG = 200  # letters of a text that stand for it
 _DAMAGED = (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError)
 
@@ -91,10 +93,13 @@ class Recognizer:
     def __init__(self, model: Bundle, gallery: Gallery | None = None):
         devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
         self.models = [copy.deepcopy(model).to(device) for device in devices[1:]]
-        self.models.insert(0, model.to(devices[0]))
+        self.models.insert(0, model.to(devices[0]).eval())
         self.model = model
         self.gallery = Gallery(copy.deepcopy(model.distance).cpu(), model.encoder.embedding_size) if gallery is None else gallery
         self.fingerprint = model.fingerprint()
+        # Of large images fewer at a time: a first layer's features take fifty times the memory of its inputs.
+        pixels = model.reader.channels * model.reader.size**2 if isinstance(model.reader, ImageReader) else 1
+        self.chunk = max(1, min(_CHUNK, _NUMBERS // pixels))
         self.path: Path | None = None
         self._stamp: tuple | None = None
 
@@ -180,7 +185,7 @@ class Recognizer:
             ValueError: one of them cannot be read (names it), or the model does not know how.
         """
         if isinstance(inputs, Tensor):
-            return self.model.embed(inputs)
+            return self.model.embed(inputs, self.chunk)
         items, parts = _listed(inputs), []
         for start, embeddings, failed in self.stream(items):
             if failed:
@@ -213,22 +218,22 @@ class Recognizer:
             inputs, failed = read.result()
             model = free.get()
             try:
-                return (model.embed(inputs, CHUNK) if len(inputs) else torch.empty(0, model.encoder.embedding_size)), failed
+                return (model.embed(inputs, self.chunk) if len(inputs) else torch.empty(0, model.encoder.embedding_size)), failed
             finally:
                 free.put(model)
 
         waiting: collections.deque = collections.deque()
         reading, embedding = ThreadPoolExecutor(1), ThreadPoolExecutor(len(self.models))
         try:
-            for start in (start for start in range(0, len(items), CHUNK) if start not in done):
-                read = reading.submit(self.model.reader.read, items[start : start + CHUNK])
+            for start in (start for start in range(0, len(items), self.chunk) if start not in done):
+                read = reading.submit(self.model.reader.read, items[start : start + self.chunk])
                 waiting.append((start, embedding.submit(embedded, read)))
                 if len(waiting) > len(self.models) + 1:
-                    first, done = waiting.popleft()
-                    yield first, *done.result()
+                    first, result = waiting.popleft()
+                    yield first, *result.result()
             while waiting:
-                first, done = waiting.popleft()
-                yield first, *done.result()
+                first, result = waiting.popleft()
+                yield first, *result.result()
         finally:
             for pool in (reading, embedding):
                 pool.shutdown(cancel_futures=True)
@@ -276,6 +281,8 @@ class Recognizer:
         Raises:
             ValueError: nothing is enrolled, an input cannot be read, or an argument is out of range.
         """
+        if k < 1:
+            raise ValueError(f"k={k} classes cannot be told: at least 1")
         embedded = isinstance(inputs, Tensor) and inputs.is_floating_point() and inputs.shape[1:] == (self.gallery.embedding_size,)
         embeddings = inputs if embedded else self.embed(inputs)
         if threshold is None:
@@ -285,7 +292,7 @@ class Recognizer:
             best, second = matches[0], matches[1] if len(matches) > 1 else None
             if best.score < threshold:
                 reason = "below the threshold"
-            elif second is not None and best.score - second.score <= margin:
+            elif second is not None and best.score - second.score <= margin + _ROUNDING * max(abs(best.score), 1):
                 reason = "too close to call"
             else:
                 reason = ""
