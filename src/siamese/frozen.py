@@ -105,7 +105,7 @@ class Frozen(nn.Module):
             features = inputs
             for part in self._parts():
                 features = part(features)
-        if features.dim() != 2 or len(features) != len(inputs):
+        if features.dim() != 2 or features.shape[0] != inputs.shape[0]:  # by `len` torch.export would fix the batch
             raise ValueError(f"frozen features must be one vector for each of {len(inputs)} inputs, these are {list(features.shape)}")
         return features.float()
 

@@ -172,10 +172,14 @@ class _Pooled(nn.Module):
         for rows in order.split(_CHUNK):
             tokens = pad_sequence([coded[row] for row in rows.tolist()], batch_first=True, padding_value=self.padding).to(inputs.device)
             known = (torch.arange(tokens.shape[1]) < lengths[rows, None]).to(inputs.device)
-            states = self.model(input_ids=tokens, attention_mask=known.long()).last_hidden_state
-            weight = known[..., None].to(states.dtype)
-            pooled.append(states[:, 0] if self.pool == "cls" else (states * weight).sum(1) / weight.sum(1).clamp(min=1))
+            pooled.append(self.pooled(tokens, known))
         return torch.cat(pooled)[order.argsort().to(inputs.device)]
+
+    def pooled(self, tokens: Tensor, known: Tensor) -> Tensor:
+        """int64 [B, T] tokens, and bool [B, T] which of them are no padding -> [B, F]."""
+        states = self.model(input_ids=tokens, attention_mask=known.long()).last_hidden_state
+        weight = known[..., None].to(states.dtype)
+        return states[:, 0] if self.pool == "cls" else (states * weight).sum(1) / weight.sum(1).clamp(min=1)
 
 
 class NGrams(nn.Module):
