@@ -26,7 +26,7 @@ def check(path: str | os.PathLike) -> None:
         try:
             import pyarrow  # noqa: F401
         except ImportError:
-            raise ValueError(f"{path}: to write Parquet run `pip install -e .[parquet]`, or say .npz") from None
+            raise ValueError(f"{path}: to write Parquet run pip install -e '.[parquet]', or say .npz") from None
     if not Path(path).absolute().parent.is_dir():
         raise ValueError(f"{path}: there is no folder {Path(path).absolute().parent}")
 

@@ -10,6 +10,7 @@ people.save("people.gallery")                                               # re
 import collections
 import copy
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor
@@ -164,7 +166,9 @@ class Recognizer:
         tensors = {f"model.{name}": value.cpu().contiguous() for name, value in self.model.state_dict().items()}
         if isinstance(self.gallery, Gallery):
             own = {f"references.{place}": block.contiguous() for place, block in enumerate(self.gallery.blocks)}
-            own |= {"labels": self.gallery.labels, "names": _packed(self.gallery.names), "ids": _packed(self.gallery.ids)}
+            ends = np.cumsum([0, *map(len, self.gallery.blocks)]).tolist()
+            own |= {f"ids.{place}": _packed(self.gallery.ids[a:b].tolist()) for place, (a, b) in enumerate(itertools.pairwise(ends))}
+            own |= {"labels": self.gallery.labels, "names": _packed(self.gallery.names)}
             described["crc32"] = _crc32(own)
             tensors |= own
         else:
@@ -413,13 +417,19 @@ def _described(path: str | os.PathLike) -> dict | None:
 
 def _fill(gallery: Gallery, tensors: dict[str, Tensor], described: dict) -> None:
     """Put what a file holds into an empty gallery, after a look at all of it."""
-    blocks = [tensors.get(f"references.{place}") for place in range(len(tensors) - 3)]
-    labels, names, ids = tensors["labels"], *(_unpacked(tensors[name]) for name in ("names", "ids"))
-    sizes = {(block.dtype, *block.shape[1:]) for block in blocks if block is not None}
-    if None in blocks or sizes - {(torch.float32, gallery.embedding_size)} or labels.dtype != torch.int64 or labels.dim() != 1:
+    count = (len(tensors) - 2) // 2
+    expected = {"labels", "names", *(f"{kind}.{place}" for place in range(count) for kind in ("references", "ids"))}
+    if tensors.keys() != expected:
         raise ValueError("its tensors are not those of a gallery")
-    if not sum(map(len, blocks)) == len(labels) == len(ids) or len(set(names)) < len(names) or not all(names):
-        raise ValueError("it has not as many labels, ids and references, or a class without a name")
+    blocks, labels, names = [tensors[f"references.{place}"] for place in range(count)], tensors["labels"], _unpacked(tensors["names"])
+    sizes = {(block.dtype, *block.shape[1:]) for block in blocks}
+    if sizes - {(torch.float32, gallery.embedding_size)} or labels.dtype != torch.int64 or labels.dim() != 1:
+        raise ValueError("its references, or labels, have another size or type")
+    parts = [np.array(_unpacked(tensors[f"ids.{place}"]), gallery.ids.dtype) for place in range(count)]
+    if [*map(len, parts)] != [*map(len, blocks)] or sum(map(len, blocks)) != len(labels):
+        raise ValueError("it has not as many labels, ids and references")
+    if len(set(names)) < len(names) or not all(names):
+        raise ValueError("two of its classes have the same name, or one has none")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(names):
         raise ValueError("a label has no class")
     if (torch.bincount(labels, minlength=len(names)) == 0).any():
@@ -428,7 +438,7 @@ def _fill(gallery: Gallery, tensors: dict[str, Tensor], described: dict) -> None
         raise ValueError("a reference is NaN or infinite")
     if _crc32(tensors) != described.get("crc32"):
         raise ValueError("its checksum is another")
-    gallery.restore(blocks, labels, names, ids)
+    gallery.restore(blocks, labels, names, np.concatenate([gallery.ids, *parts]))
 
 
 def _packed(texts: list[str]) -> Tensor:

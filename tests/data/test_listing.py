@@ -2,10 +2,13 @@
 
 import json
 import re
+import sys
 
+import pyarrow
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
 from siamese.data.listing import Listed, rows, share_out, split_name
 
@@ -26,17 +29,12 @@ def test_a_table_gives_its_rows_with_their_numbers(tmp_path, name):
     assert others == ["note"]
 
 
-def test_parquet_is_read_where_pyarrow_is_and_else_says_so(tmp_path):
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        (tmp_path / "table.parquet").write_bytes(b"PAR1")
-        with pytest.raises(ValueError, match="pip install pyarrow"):
-            rows(tmp_path / "table.parquet", ("path",))
-    else:
-        parquet.write_table(pyarrow.table({"path": ["1.jpg"], "label": [7]}), tmp_path / "table.parquet")
-        assert rows(tmp_path / "table.parquet", ("path", "label"))[0] == [(1, {"path": "1.jpg", "label": "7"})]
+def test_parquet_is_read_where_pyarrow_is_and_else_says_so(tmp_path, monkeypatch):
+    parquet.write_table(pyarrow.table({"path": ["1.jpg"], "label": [7]}), tmp_path / "table.parquet")
+    assert rows(tmp_path / "table.parquet", ("path", "label"))[0] == [(1, {"path": "1.jpg", "label": "7"})]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=re.escape("pip install -e '.[parquet]'")):
+        rows(tmp_path / "table.parquet", ("path",))
 
 
 @pytest.mark.parametrize(

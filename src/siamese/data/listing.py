@@ -163,7 +163,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict]]:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        raise ValueError(f"{path}: to read Parquet run `pip install -e .[parquet]`, or hand the table over as CSV") from None
+        raise ValueError(f"{path}: to read Parquet run pip install -e '.[parquet]', or hand the table over as CSV") from None
     try:
         table = parquet.read_table(path)
     except pyarrow.ArrowException as error:
