@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
+SAMPLES = 512  # that an exported encoder is checked on
 
 
 class Refused(Exception):
@@ -269,7 +270,18 @@ def remove(options) -> int:
 
 
 def export(options) -> int:
-    raise Refused("not yet")
+    from siamese.export import export as write
+
+    people = loaded(options, options.model)
+    found = collect(people, options.inputs)
+    inputs, failed = people.model.reader.read(found.items[:SAMPLES])
+    if failed:
+        place, why = next(iter(failed.items()))
+        raise Refused(f"{found.names[place]}: {why}")
+    done = write(people.model.cpu(), options.output, inputs)
+    told = {"output": options.output, "samples": len(inputs), "difference": done.difference, **done.metadata}
+    tell(options, told, "\n".join(done.lines))
+    return 0
 
 
 # What all of them need
@@ -397,7 +409,7 @@ def progress(total: int, what: str):
 
 
 def tell(options, told: dict, text: str = "") -> None:
-    print(json.dumps(told, ensure_ascii=False) if options.json else printable(text), flush=True)
+    print(json.dumps(told, ensure_ascii=False) if options.json else "\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def say(text: str) -> None:
