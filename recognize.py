@@ -8,6 +8,7 @@
     python recognize.py duplicates --model best.ckpt catalogue/ -o pairs.csv  # every pair above the threshold
     python recognize.py show people.gallery                                   # who is enrolled, and what looks wrong
     python recognize.py remove people.gallery Ada
+    python recognize.py show people.gallery --qdrant http://localhost:6333    # if it was begun so: the references are there, or in a folder
     python recognize.py export --model best.ckpt samples/ -o encoder.onnx     # or .pt2; checked on the samples
 
 Inputs are files, folders or tables of images; texts, or tables (column text), or .txt files with one a line; tables of rows, or
@@ -67,7 +68,8 @@ def parser() -> argparse.ArgumentParser:
         for place, number in places:
             one.add_argument(place, nargs=number, metavar=place.upper())
         one.add_argument("--model", required=model, help="a checkpoint, a bundle or a gallery")
-        one.add_argument("--qdrant", metavar="PLACE", help="where the references are: a folder, or the URL of a server")
+        if not model:
+            one.add_argument("--qdrant", metavar="PLACE", help="where the references are: the URL of a server, or a folder")
         one.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="its classes may be named by the files")
         one.add_argument("--json", action="store_true", help="print JSON")
         one.set_defaults(run=run)
@@ -105,12 +107,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def enrol(options) -> int:
-    if os.path.exists(options.gallery):
-        people = loaded(options, options.gallery)
-        if options.model and loaded(options, options.model, anew=True).fingerprint != people.fingerprint:
+    anew = not os.path.exists(options.gallery)
+    if not anew:
+        people = opened(options)
+        if options.model and loaded(options, options.model).fingerprint != people.fingerprint:
             raise Refused(f"{options.gallery} was made by another model than {options.model}: their embeddings cannot be compared")
     elif options.model:
-        people = loaded(options, options.model)
+        people = opened(options, options.model)
     else:
         raise Refused(f"there is no gallery {options.gallery} yet: say --model CHECKPOINT to begin one")
     if not Path(options.gallery).absolute().parent.is_dir():
@@ -122,6 +125,10 @@ def enrol(options) -> int:
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
         raise Refused(f"{name}: {why}{more}. Nothing is enrolled: mend or leave them out")
     before = len(people.gallery)
+    if anew and before:
+        say(f"{options.qdrant} holds {before:,} references of this model for {Path(options.gallery).stem} already: they stay")
+    if options.qdrant:  # first: so that whatever stops it, the same command goes on
+        people.save(options.gallery)
     people.gallery.add(found.labels, embeddings, found.names)
     people.save(options.gallery)
     classes = people.gallery.classes()
@@ -133,7 +140,7 @@ def enrol(options) -> int:
 
 
 def identify(options) -> int:
-    people = loaded(options, options.gallery)
+    people = opened(options)
     found = collect(people, options.inputs)
     embeddings, unreadable = embedded(people, found)
     limit = {"threshold": options.threshold, "false_alarms": options.false_alarms}
@@ -245,7 +252,7 @@ def duplicates(options) -> int:
 
 
 def show(options) -> int:
-    people = loaded(options, options.gallery)
+    people = opened(options)
     classes = people.gallery.classes()
     triage = people.triage(None, options.threshold, options.false_alarms)
     if options.json:
@@ -258,7 +265,7 @@ def show(options) -> int:
 
 
 def remove(options) -> int:
-    people = loaded(options, options.gallery)
+    people = opened(options)
     known = people.gallery.classes()
     if missing := [name for name in options.classes if name not in known]:
         raise Refused(f"{options.gallery} has no class {missing[0]!r}: nothing is removed")
@@ -287,18 +294,27 @@ def export(options) -> int:
 # What all of them need
 
 
-def loaded(options, path: str, anew: bool = False):
-    """The recognizer of a checkpoint, a bundle or a gallery; `anew`, without references elsewhere."""
+def loaded(options, path: str):
+    """The model of a checkpoint, a bundle or a gallery, with nothing enrolled."""
+    from siamese.recognition import Recognizer
+
+    return Recognizer.load(path, tuple(options.trust), references=False)
+
+
+def opened(options, model: str | None = None):
+    """The gallery, with its references; or one that begins with a model."""
     from siamese.recognition import Recognizer
 
     gallery = None
-    if options.qdrant and not anew:
+    if options.qdrant == ":memory:":
+        raise Refused("--qdrant :memory: would be forgotten at once: say a folder, or the URL of a server")
+    if options.qdrant:
         from functools import partial
 
         from siamese.qdrant import QdrantGallery
 
         gallery = partial(QdrantGallery, place=options.qdrant, collection=Path(options.gallery).stem)
-    return Recognizer.load(path, tuple(options.trust), gallery)
+    return Recognizer.load(model or options.gallery, tuple(options.trust), gallery, references=model is None)
 
 
 def _threshold(people, options) -> float | None:

@@ -28,6 +28,38 @@ class Match(NamedTuple):
     reference: str
 
 
+def enrolment(labels: list[str], embeddings: Tensor, ids: list[str], embedding_size: int) -> tuple[list[str], Tensor, list[str]]:
+    """What a gallery is to add, once each: of two references with the same class and id the later counts.
+
+    Raises:
+        ValueError: see `Gallery.add`.
+    """
+    if embeddings.dim() != 2 or embeddings.shape[1] != embedding_size or not len(labels) == len(ids) == len(embeddings):
+        raise ValueError(
+            f"embeddings are {list(embeddings.shape)}, with {len(labels)} labels and {len(ids)} ids: the gallery's are "
+            f"[{len(ids)}, {embedding_size}]"
+        )
+    if broken := [name for name, fine in zip(ids, embeddings.isfinite().all(1).tolist(), strict=True) if not fine]:
+        raise ValueError(f"embeddings of {len(broken)} references are NaN or infinite, among them {broken[0]}")
+    if not all(labels):
+        raise ValueError(f"{ids[labels.index('')]} has no class")
+    last = {key: place for place, key in enumerate(zip(labels, ids, strict=True))}  # of two equal ones the later counts
+    kept = sorted(last.values())
+    if len(kept) == len(ids):
+        return labels, embeddings, ids
+    return [labels[i] for i in kept], embeddings[kept], [ids[i] for i in kept]
+
+
+def check_search(queries: Tensor, k: int, rule: str, gallery) -> None:
+    """Raises ValueError where `Gallery.search` does."""
+    if rule not in RULES or k < 1:
+        raise ValueError(f"the rule is one of {', '.join(RULES)}, not {rule!r}, and k at least 1, not {k}")
+    if not len(gallery):
+        raise ValueError("nothing is enrolled in this gallery yet")
+    if queries.dim() != 2 or queries.shape[1] != gallery.embedding_size:
+        raise ValueError(f"queries are {list(queries.shape)}, the gallery's embeddings have {gallery.embedding_size} numbers")
+
+
 class Gallery:
     """References, each an embedding with a class and an id. A class may have one, or many.
 
@@ -77,23 +109,11 @@ class Gallery:
             ValueError: an embedding is not finite (names its id) or of another size; there are not as many labels and ids; a
                 label is empty.
         """
-        if embeddings.dim() != 2 or embeddings.shape[1] != self.embedding_size or not len(labels) == len(ids) == len(embeddings):
-            raise ValueError(
-                f"embeddings are {list(embeddings.shape)}, with {len(labels)} labels and {len(ids)} ids: the gallery's are "
-                f"[{len(ids)}, {self.embedding_size}]"
-            )
-        if broken := [name for name, fine in zip(ids, embeddings.isfinite().all(1).tolist(), strict=True) if not fine]:
-            raise ValueError(f"embeddings of {len(broken)} references are NaN or infinite, among them {broken[0]}")
-        if not all(labels):
-            raise ValueError(f"{ids[labels.index('')]} has no class")
-        last = {key: place for place, key in enumerate(zip(labels, ids, strict=True))}  # of two equal ones the later counts
-        kept = sorted(last.values())
-        if len(kept) < len(ids):
-            labels, ids, embeddings = [labels[i] for i in kept], [ids[i] for i in kept], embeddings[kept]
+        labels, embeddings, ids = enrolment(labels, embeddings, ids, self.embedding_size)
         known = [self._numbers[label] for label in dict.fromkeys(labels) if label in self._numbers]
         if known:
-            rows = torch.isin(self.labels, torch.tensor(known)).nonzero().flatten().tolist()
-            self._drop([row for row in rows if (self.names[self.labels[row]], self.ids[row]) in last])
+            keys, rows = set(zip(labels, ids, strict=True)), torch.isin(self.labels, torch.tensor(known)).nonzero().flatten().tolist()
+            self._drop([row for row in rows if (self.names[self.labels[row]], self.ids[row]) in keys])
         for label in labels:
             if self._numbers.setdefault(label, len(self.names)) == len(self.names):
                 self.names.append(label)
@@ -144,12 +164,7 @@ class Gallery:
         Raises:
             ValueError: another rule or size of the queries, or nothing is enrolled.
         """
-        if rule not in RULES or k < 1:
-            raise ValueError(f"the rule is one of {', '.join(RULES)}, not {rule!r}, and k at least 1, not {k}")
-        if not len(self):
-            raise ValueError("nothing is enrolled in this gallery yet")
-        if queries.dim() != 2 or queries.shape[1] != self.embedding_size:
-            raise ValueError(f"queries are {list(queries.shape)}, the gallery's embeddings have {self.embedding_size} numbers")
+        check_search(queries, k, rule, self)
         queries = self.distance.maybe_normalize(queries.detach().cpu().float())
         return [found for part in queries.split(_QUERIES) for found in self._search(part, k, rule)]
 

@@ -86,13 +86,13 @@ class Recognizer:
 
     Args:
         model: embeds and decides. It is moved to the GPUs, where there are any; each gets a copy.
-        gallery: holds the references; one in memory by default.
+        gallery: holds the references: a `siamese.gallery.Gallery`, or `siamese.qdrant.QdrantGallery`; one in memory by default.
 
     Raises:
-        ValueError: the gallery is of another embedding size.
+        ValueError: the gallery is of another embedding size, or holds what another model has made.
     """
 
-    def __init__(self, model: Bundle, gallery: Gallery | None = None):
+    def __init__(self, model: Bundle, gallery=None):
         devices = [f"cuda:{n}" for n in range(torch.cuda.device_count())] or ["cpu"]
         self.models = [copy.deepcopy(model).to(device) for device in devices[1:]]
         self.models.insert(0, model.to(devices[0]).eval())
@@ -102,21 +102,28 @@ class Recognizer:
         # Of large images fewer at a time: a first layer's features take fifty times the memory of its inputs.
         pixels = model.reader.channels * model.reader.size**2 if isinstance(model.reader, ImageReader) else 1
         self.chunk = max(1, min(_CHUNK, _NUMBERS // pixels))
+        if self.gallery.embedding_size != model.encoder.embedding_size:
+            raise ValueError(f"embeddings have {model.encoder.embedding_size} numbers, the gallery's {self.gallery.embedding_size}")
+        if not isinstance(self.gallery, Gallery):
+            self.gallery.claim(self.fingerprint)
         self.path: Path | None = None
         self._stamp: tuple | None = None
 
     @classmethod
-    def load(cls, path: str | os.PathLike, trust: tuple[str, ...] = (), gallery=None) -> "Recognizer":
+    def load(cls, path: str | os.PathLike, trust: tuple[str, ...] = (), gallery=None, references: bool = True) -> "Recognizer":
         """A gallery with its model, or the model of a bundle or checkpoint with nothing enrolled. Nothing is unpickled.
 
         Args:
             trust: packages, besides this one and pytorch-metric-learning, whose classes the file may name.
             gallery: makes what holds the references of a file that has none of its own, from distance and embedding size:
                 `siamese.qdrant.QdrantGallery` with its place.
+            references: False takes of a gallery the model alone.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: it is damaged, something else, or names a class that is not trusted.
+            ValueError: it is damaged, something else, or names a class that is not trusted; its references are not where `gallery`
+                looks for them, or another model has made what is there.
+            OSError: the file, or the place of its references, cannot be read.
         """
         described = _described(path)
         if described is None:
@@ -125,19 +132,24 @@ class Recognizer:
         stamp = _stamp_of(path)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+                names = [name for name in file.keys() if references or name.startswith("model.")]  # noqa: SIM118 (no mapping)
+                tensors = {name: file.get_tensor(name) for name in names}
         except _DAMAGED as error:
             raise ValueError(f"{path} is damaged: {error}") from error
         state = {name.removeprefix("model."): tensors.pop(name) for name in list(tensors) if name.startswith("model.")}
         model = Bundle.restore(described, state, path, trust, remembers=False)
         if model.fingerprint() != described.get("model"):  # of the references
             raise ValueError(f"{path} is damaged: its model is not the one that made its references")
+        if not references:
+            return cls(model, gallery and gallery(model.distance, model.encoder.embedding_size))
         if described.get("elsewhere") and gallery is None:
             raise ValueError(f"the references of {path} are in Qdrant: say where, with --qdrant PLACE")
         if not described.get("elsewhere") and gallery is not None:
             raise ValueError(f"{path} holds its references itself: leave --qdrant away, or enrol them anew into another gallery")
         if described.get("elsewhere"):
             recognizer = cls(model, gallery(model.distance, model.encoder.embedding_size))
+            if not (held := recognizer.gallery).exists:
+                raise ValueError(f"{held.place} has no collection {held.collection}: the references of {path} are in another place")
         else:
             recognizer = cls(model)
             try:
@@ -148,7 +160,9 @@ class Recognizer:
         return recognizer
 
     def save(self, path: str | os.PathLike | None = None) -> None:
-        """Write model and references to one file, atomically.
+        """Write the model and, where they are in memory, the references to one file, atomically.
+
+        Of references in Qdrant the collection is made first: where there is a file there is one. Then the file never changes.
 
         Args:
             path: where it was loaded from, by default.
@@ -160,6 +174,10 @@ class Recognizer:
         path = self.path if path is None else Path(path)
         if path is None:
             raise ValueError("this gallery has no file yet: name one")
+        if not isinstance(self.gallery, Gallery):
+            self.gallery.prepare()
+            if path == self.path and path.exists():
+                return
         if path == self.path and _stamp_of(path) != self._stamp:
             raise ValueError(f"{path} was changed by somebody else meanwhile, and is left as it is: do it again")
         described = {**self.model.described(), "version": 1, "model": self.fingerprint}
