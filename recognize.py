@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import csv
 import json
+import math
 import os
 import sys
 from dataclasses import asdict
@@ -154,7 +155,13 @@ def identify(options) -> int:
         {"sample": name, "label": answer.label, "reason": answer.reason, "matches": [match._asdict() for match in answer.matches]}
         for name, answer in zip(names, answers, strict=True)
     ]
-    told = {"threshold": threshold, "false_alarms": expected, "answers": lines, **asdict(triage), "unreadable": unreadable}
+    told = {
+        "threshold": threshold if math.isfinite(threshold) else None,
+        "false_alarms": expected,
+        "answers": lines,
+        **asdict(triage),
+        "unreadable": unreadable,
+    }
     if options.json:
         tell(options, told)
     else:
@@ -443,7 +450,8 @@ def say_triage(triage, most: int = 5) -> None:
     for one, other, score in triage.close[:most]:
         say(f"too close to tell apart: {one} and {other} (score {score:.4f})")
     for label, name, own, other, score in triage.odd[:most]:
-        say(f"looks wrong: {name} of {label} is nearer to {other} ({score:.4f}) than to its own class ({own:.4f})")
+        nearer = f"nearer to {other} ({score:.4f}) than to" if score is not None and score > own else "far from"
+        say(f"looks wrong: {name} of {label} is {nearer} its own class ({own:.4f})")
     if (left := max(len(triage.close) - most, 0) + max(len(triage.odd) - most, 0)) > 0:
         say(f"... and {left:,} more: --json tells all")
 

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import stat
+import threading
 
 import numpy as np
 import pytest
@@ -218,6 +219,14 @@ def test_triage_tells_twins_and_references_in_the_wrong_class(people):
     assert worst[:2] == ("person 5", "wrong.png")
     assert worst[3] == "person 6"
     assert worst[2] < worst[4]
+    people.enrol("person 0", pictures(10)[:1], ["again.png"])
+    assert not [one for one in people.triage(["person 0"]).odd if one[0] == "person 0"], "two of the same"
+    people.enrol("person 0", pictures(1, seed=31), ["far.png"])
+    far = next(one for one in people.triage(["person 0"]).odd if one[1] == "far.png")
+    assert far[2] < people.model.threshold
+    alone = Recognizer(model())
+    alone.enrol("only", torch.cat([pictures(1), pictures(1), pictures(1, seed=31)]), ["a", "b", "far"])
+    assert alone.triage().odd == [("only", "far", pytest.approx(far[2], abs=1e-6), "", None)]
     assert people.triage(["person 0", "person 3"], threshold=0.9999).close == [("person 3", "twin", pytest.approx(1))]
 
 
@@ -378,3 +387,25 @@ def test_names_stand_for_their_inputs():
     digests = {name_of(item) for item in (pictures(1)[0], pictures(2)[1], b"abc", b"abd", {"a": 1}, Image.new("L", (2, 2)))}
     assert len(digests) == 6
     assert name_of(pictures(1)[0]) == name_of(pictures(3)[0])
+
+
+def test_a_service_may_enrol_while_it_identifies(people):
+    failures = []
+
+    def serve(thread: int) -> None:
+        try:
+            for n in range(40):
+                people.enrol(f"{thread}-{n}", pictures(2, seed=100 * thread + n))
+                if n % 7 == 0:
+                    people.remove(f"{thread}-{n}")
+                people.identify(pictures(3, seed=5), threshold=-1.0)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=serve, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len(people.gallery) == 10 + 2 * 4 * (40 - 6)

@@ -90,6 +90,7 @@ def test_the_roc_is_there_as_a_chart_over_a_table(whole, default_run):
     far, tar = np.array(table["data"]).T
     assert (far[0], tar[0], far[-1], tar[-1]) == (0, 0, 1, 1)
     assert np.trapezoid(tar, far) == pytest.approx(summary["summary"]["test/auc"], abs=0.005)
+    assert "_wandb.visualize.test/open_set" in charts
 
 
 def test_the_name_tells_the_choices_the_seed_and_the_values_given(whole, crashed):

@@ -59,7 +59,7 @@ def wandb_logger(
 
 
 def record_results(logger: WandbLogger, results: dict[str, EvaluationResult], figures: dict[str, float]) -> None:
-    """The final figures into the summary, and the ROC of the last split judged as a line plot."""
+    """The final figures into the summary, and the ROC and the open-set curve of the last split judged as line plots."""
     import wandb
 
     run = logger.experiment
@@ -68,3 +68,6 @@ def record_results(logger: WandbLogger, results: dict[str, EvaluationResult], fi
     rows = np.linspace(0, len(result.far) - 1, min(len(result.far), 300)).astype(int)
     points = wandb.Table(columns=["far", "tar"], data=np.stack([result.far[rows], result.tar[rows]], 1).tolist())
     run.log({f"{prefix}/roc": wandb.plot.line(points, "far", "tar", title=f"ROC, {prefix}")})
+    if len(result.open_set):
+        points = wandb.Table(columns=["false_alarms", "identified"], data=result.open_set.tolist())
+        run.log({f"{prefix}/open_set": wandb.plot.line(points, "false_alarms", "identified", title=f"open set, {prefix}")})

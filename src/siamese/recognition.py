@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import queue
+import threading
 import zlib
 from collections.abc import Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,12 +74,12 @@ class Triage:
     """What is wrong with the references themselves.
 
     close: (class, other class, score), most alike first: a reference of one would be taken for the other.
-    odd: (class, id, score with its own class, most alike other class, score with that), worst first: nearer to another class than to
-        its own, or of a class it does not fit.
+    odd: (class, id, score with the nearest other of its class, most alike other class, score with that; "" and None where there is no
+        other), worst first: nearer to another class than to its own, or below the model's threshold with all others of its own.
     """
 
     close: list[tuple[str, str, float]]
-    odd: list[tuple[str, str, float, str, float]]
+    odd: list[tuple[str, str, float, str, float | None]]
 
 
 class Recognizer:
@@ -108,6 +109,7 @@ class Recognizer:
             self.gallery.claim(self.fingerprint)
         self.path: Path | None = None
         self._stamp: tuple | None = None
+        self._changing = threading.RLock()  # a service may enrol while it identifies
 
     @classmethod
     def load(cls, path: str | os.PathLike, trust: tuple[str, ...] = (), gallery=None, references: bool = True) -> "Recognizer":
@@ -171,28 +173,29 @@ class Recognizer:
             ValueError: there is no path, or another process has changed the file since it was loaded.
             OSError: it cannot be written.
         """
-        path = self.path if path is None else Path(path)
-        if path is None:
-            raise ValueError("this gallery has no file yet: name one")
-        if not isinstance(self.gallery, Gallery):
-            self.gallery.prepare()
-            if path == self.path and path.exists():
-                return
-        if path == self.path and _stamp_of(path) != self._stamp:
-            raise ValueError(f"{path} was changed by somebody else meanwhile, and is left as it is: do it again")
-        described = {**self.model.described(), "version": 1, "model": self.fingerprint}
-        tensors = {f"model.{name}": value.cpu().contiguous() for name, value in self.model.state_dict().items()}
-        if isinstance(self.gallery, Gallery):
-            own = {f"references.{place}": block.contiguous() for place, block in enumerate(self.gallery.blocks)}
-            ends = np.cumsum([0, *map(len, self.gallery.blocks)]).tolist()
-            own |= {f"ids.{place}": _packed(self.gallery.ids[a:b].tolist()) for place, (a, b) in enumerate(itertools.pairwise(ends))}
-            own |= {"labels": self.gallery.labels, "names": _packed(self.gallery.names)}
-            described["crc32"] = _crc32(own)
-            tensors |= own
-        else:
-            described["elsewhere"] = True
-        write_safetensors(tensors, path, {"gallery": json.dumps(described)})
-        self.path, self._stamp = path, _stamp_of(path)
+        with self._changing:
+            path = self.path if path is None else Path(path)
+            if path is None:
+                raise ValueError("this gallery has no file yet: name one")
+            if not isinstance(self.gallery, Gallery):
+                self.gallery.prepare()
+                if path == self.path and path.exists():
+                    return
+            if path == self.path and _stamp_of(path) != self._stamp:
+                raise ValueError(f"{path} was changed by somebody else meanwhile, and is left as it is: do it again")
+            described = {**self.model.described(), "version": 1, "model": self.fingerprint}
+            tensors = {f"model.{name}": value.cpu().contiguous() for name, value in self.model.state_dict().items()}
+            if isinstance(self.gallery, Gallery):
+                own = {f"references.{place}": block.contiguous() for place, block in enumerate(self.gallery.blocks)}
+                ends = np.cumsum([0, *map(len, self.gallery.blocks)]).tolist()
+                own |= {f"ids.{place}": _packed(self.gallery.ids[a:b].tolist()) for place, (a, b) in enumerate(itertools.pairwise(ends))}
+                own |= {"labels": self.gallery.labels, "names": _packed(self.gallery.names)}
+                described["crc32"] = _crc32(own)
+                tensors |= own
+            else:
+                described["elsewhere"] = True
+            write_safetensors(tensors, path, {"gallery": json.dumps(described)})
+            self.path, self._stamp = path, _stamp_of(path)
 
     # What is embedded
 
@@ -275,11 +278,13 @@ class Recognizer:
         """
         embeddings = self.embed(inputs)
         ids = [name_of(item) for item in (inputs if isinstance(inputs, Tensor) else _listed(inputs))] if ids is None else ids
-        self.gallery.add([label] * len(ids) if isinstance(label, str) else list(label), embeddings, ids)
+        with self._changing:
+            self.gallery.add([label] * len(ids) if isinstance(label, str) else list(label), embeddings, ids)
 
     def remove(self, label: str) -> int:
         """Forget a class; gives back how many references it had. Raises KeyError if there is no such class."""
-        return self.gallery.remove(label)
+        with self._changing:
+            return self.gallery.remove(label)
 
     def identify(
         self,
@@ -310,7 +315,9 @@ class Recognizer:
         if threshold is None:
             threshold = self.threshold_for(false_alarms, rule)
         answers = []
-        for matches in self.gallery.search(embeddings, max(k, 2), rule):
+        with self._changing:
+            found = self.gallery.search(embeddings, max(k, 2), rule)
+        for matches in found:
             best, second = matches[0], matches[1] if len(matches) > 1 else None
             if best.score < threshold:
                 reason = "below the threshold"
@@ -379,6 +386,7 @@ class Recognizer:
             threshold, false_alarms: see `identify`: what one class's reference must not reach with another class.
         """
         threshold = self.threshold_for(false_alarms) if threshold is None else threshold
+        alike = -torch.inf if self.model.threshold is None else self.model.threshold
         close: dict[tuple[str, str], float] = {}
         odd = []
         for label in self.gallery.classes() if labels is None else dict.fromkeys(labels):
@@ -390,11 +398,11 @@ class Recognizer:
                 if other is not None and other.score >= threshold:
                     pair = tuple(sorted((label, other.label)))
                     close[pair] = max(close.get(pair, -torch.inf), other.score)
-                if len(ids) > 1 and other is not None and other.score > mine:
-                    odd.append((label, name, mine, other.label, other.score))
+                if len(ids) > 1 and mine < max(alike if len(ids) > 2 else -torch.inf, other.score if other else -torch.inf):
+                    odd.append((label, name, mine, other.label if other else "", other.score if other else None))
         return Triage(
             sorted(((*pair, score) for pair, score in close.items()), key=lambda found: -found[2]),
-            sorted(odd, key=lambda found: found[2] - found[4]),
+            sorted(odd, key=lambda found: found[2] - (alike if found[4] is None else found[4])),
         )
 
 
