@@ -325,6 +325,8 @@ def opened(options, model: str | None = None):
 
 
 def _threshold(people, options) -> float | None:
+    from siamese.decision import rounded_up
+
     if options.far is None:
         return options.threshold
     if not 0 < options.far < 1:
@@ -332,7 +334,9 @@ def _threshold(people, options) -> float | None:
     if people.model.decision is None:
         raise Refused("this model was saved without a threshold: say --threshold SCORE")
     if options.far < people.model.decision.finest:
-        raise Refused(f"--far {options.far:g} is less than validation's pairs can tell: say {people.model.decision.finest:.1e} or more")
+        raise Refused(
+            f"--far {options.far:g} is less than validation's pairs can tell: say {rounded_up(people.model.decision.finest)} or more"
+        )
     return people.model.decision.at_far(options.far)[0]
 
 

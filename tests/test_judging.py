@@ -1,5 +1,6 @@
 """Judging: the threshold comes from validation, and a test split that is not wanted is never read."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from siamese import judging, record
 from siamese.bundle import Bundle
 from siamese.data.module import SiameseData
-from siamese.data.samples import Samples, Source
+from siamese.data.samples import Samples, Source, Tuples
 from siamese.data.sampling import balanced
 from siamese.evaluation import evaluate
 from siamese.metrics import EmbeddingMetrics
@@ -138,6 +139,38 @@ def test_the_threshold_of_the_test_is_that_of_validation(model):
     samples = patterns(8, 6, 2)
     own = evaluate(model.embed(samples.inputs), samples.labels, CosineSimilarity()).figures["threshold"]
     assert own != model.threshold, "the test's own would be another"
+
+
+def test_a_rate_that_validation_cannot_tell_is_refused_with_one_that_it_can():
+    with_gallery = with_roles()
+    queries, held = with_gallery.roles()
+    between = int((with_gallery.labels[queries][:, None] != with_gallery.labels[held]).sum())
+    pairs = Tuples(torch.tensor([[0, 1], [2, 3], [4, 5]]), torch.tensor([True, False, False]), list("abc"))
+    some = patterns(3, 2, 0)
+    listed = Samples(some.inputs, None, [], some.ids, tuples=pairs)
+    for samples, different in ((patterns(8, 6, 1), 48 * 47 // 2 - 8 * 15), (with_gallery, between), (listed, 2)):
+        judging.check_goal("equal_error", samples)
+        judging.check_goal("best_f1", samples)
+        with pytest.raises(ValueError, match=f"validation has {different:,} different pairs") as refused:
+            judging.check_goal("far_1e-4", samples)
+        if found := re.search(r"Say (far_\S+) or more", str(refused.value)):
+            judging.check_goal(found[1], samples)
+            with pytest.raises(ValueError, match="ten are needed"):
+                judging.check_goal(f"far_{float(found[1][4:]) / 1.2}", samples)
+        else:
+            assert different == 2
+    with pytest.raises(ValueError, match="best is no goal"):
+        judging.check_goal("best", PATTERNS)
+
+
+@pytest.mark.parametrize("goal", ["equal_error", "best_f1", "far_0.05"])
+def test_the_threshold_serves_the_goal_that_is_wanted(model, goal):
+    results = judging.judge(model, data(Patterns()), goal=goal)
+    assert model.decision.goal == goal
+    samples = patterns(8, 6, 1)
+    val = evaluate(model.embed(samples.inputs), samples.labels, CosineSimilarity(), goal=goal)
+    assert model.threshold == results["test"].figures["threshold"] == val.figures["threshold"]
+    assert (model.decision.far, model.decision.frr) == (val.figures["far"], val.figures["frr"])
 
 
 @pytest.mark.parametrize("kind", [Patterns, WithRuns])

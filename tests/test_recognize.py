@@ -126,7 +126,7 @@ def test_verification_and_its_exit_code(here, run, told):
     assert (found["threshold"], found["far"], found["frr"]) == (0.99, 0.001, 0.3)
     code, _, err = run("verify", "--model", "model.safetensors", "--far", "1e-6", "new/my photo (1).png", "new/my photo (1).png")
     assert code == 2
-    assert "less than validation's pairs can tell: say 1.1e-04 or more" in err
+    assert "less than validation's pairs can tell: say 1.2e-04 or more" in err
     code, _, err = run("verify", "--model", "model.safetensors", "new", "new/my photo (1).png")
     assert code == 2
     assert "new holds 4 inputs" in err

@@ -30,8 +30,13 @@ def goal_rate(goal: str) -> float | None:
     except ValueError:
         rate = math.nan
     if not 0 < rate < 1:
-        raise ValueError(f"threshold={goal} is no goal: take {GOALS}, a false-accept rate above 0 and below 1")
+        raise ValueError(f"{goal} is no goal of a threshold: take {GOALS}, a false-accept rate above 0 and below 1")
     return rate
+
+
+def rounded_up(rate: float) -> str:
+    """A rate in two digits, and not below it."""
+    return f"{1.05 * rate:.1e}"
 
 
 @dataclass(frozen=True)

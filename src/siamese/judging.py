@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from siamese.bundle import Bundle
 from siamese.data.samples import Samples
-from siamese.decision import Decision, goal_rate
+from siamese.decision import Decision, goal_rate, rounded_up
 from siamese.evaluation import EvaluationResult, evaluate, evaluate_tuples
 from siamese.protocols import oneshot_error
 
@@ -48,9 +48,10 @@ def check_goal(goal: str, samples: Samples) -> None:
         different = (len(queries) * len(gallery) - int((counts[0] * counts[1]).sum())) // (2 if samples.gallery is None else 1)
     if rate * different < 10:
         least = 10 / max(different, 1)
+        remedy = f"Say far_{rounded_up(least)} or more" if 1.05 * least < 1 else "Say equal_error"
         raise ValueError(
             f"{goal} cannot be fitted: validation has {different:,} different pairs, of which {rate * different:.2g} would be accepted, "
-            f"ten are needed. " + (f"Say far_{least:.0e} or more" if least < 1 else "Say equal_error")
+            f"ten are needed. {remedy}"
         )
 
 
