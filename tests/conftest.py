@@ -20,6 +20,7 @@ from siamese.module import SiameseModule
 
 # The heavy imports are made once, in a server that each command line is then forked from: 1 s for it instead of 8.
 _HEAVY = ["torch", "lightning.pytorch", "wandb", "pytorch_metric_learning.losses", "pytorch_metric_learning.miners", "timm", "matplotlib"]
+_HEAVY += ["optuna", "alembic.command", "sqlalchemy.dialects.sqlite"]
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(_HEAVY)
 

@@ -1,16 +1,19 @@
 """The table of what goes with what: all that it allows learns, all that it does not is refused with a way out."""
 
+import copy
 import functools
 import itertools
 import math
 import re
 
+import hydra
 import pytest
 import torch
+from omegaconf import DictConfig, OmegaConf
 from sklearn.metrics import roc_auc_score
 
 from siamese.bundle import Bundle
-from siamese.config import InputError, available, build, compose, partial, rates, resolve
+from siamese.config import CONF, InputError, available, build, check, compose, partial, rates, resolve
 from siamese.data.glyphs import Glyphs
 from siamese.data.samples import Samples
 from siamese.distances import scores
@@ -56,8 +59,32 @@ ALLOWED = [combination for combination in EVERYTHING if not refused(*combination
 
 
 @functools.cache
+def by_hydra(*overrides: str) -> tuple[DictConfig, dict[str, str]]:
+    """What these overrides, all of one group, come to, unchecked, and the choices; it is seen that they say nothing of other groups."""
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        cfg = hydra.compose("train", list(overrides), return_hydra_config=True)
+    choices = dict(cfg.hydra.runtime.choices)
+    cfg = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    if overrides:
+        own, default = (OmegaConf.to_container(node, resolve=False) for node in (cfg, by_hydra()[0]))
+        assert [key for key in own if own[key] != default[key]] in ([], [group_of(overrides[0])])
+    return cfg, choices
+
+
+def group_of(override: str) -> str:
+    return re.match(r"\w+", override)[0]
+
+
+@functools.cache
 def composed(*overrides: str) -> dict:
-    return compose(" ".join(overrides).split())
+    """As `compose`; but Hydra, which takes a fifth of a second, composes the choices of each group by itself, once."""
+    words = " ".join(overrides).split()
+    cfg, choices = copy.deepcopy(by_hydra())
+    for group in dict.fromkeys(map(group_of, words)):
+        own, chosen = by_hydra(*(word for word in words if group_of(word) == group))
+        cfg[group] = own[group]
+        choices.update({key: choice for key, choice in chosen.items() if group_of(key) == group})
+    return check(cfg, choices, [], "train")
 
 
 # --- the check
@@ -196,16 +223,23 @@ def trained(module: SiameseModule, batches: list, steps: int) -> list[tuple[floa
 SOLVED = {("triplet", "easy")}
 
 
-@pytest.mark.parametrize(("loss", "distance"), [(loss, distance) for loss, sampling, distance in ALLOWED if sampling == "balanced"])
-def test_every_loss_trains_with_every_miner(letters, loss, distance):
-    for miner in MINERS:
-        if not mines(loss, miner, distance):
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_trains_with_every_miner(letters, loss):
+    """Its distances take turns, so that each two of loss, miner and distance that go together meet."""
+    distances = [distance for distance in DISTANCES if not refused(loss, "balanced", distance)]
+    met = set()
+    for turn, miner in enumerate(sorted(MINERS, key=lambda miner: miner not in MINES_ON_THE_SPHERE), LOSSES.index(loss)):
+        mined = [distance for distance in distances if mines(loss, miner, distance)]
+        if not mined:
             continue
+        distance = mined[turn % len(mined)]
         module, batches = assembled(letters, loss, "balanced", distance, miner)
         seen = trained(module, batches, 3)
-        assert all(math.isfinite(value) and math.isfinite(norm) for value, norm in seen), f"miner={miner}: {seen}"
+        assert all(math.isfinite(value) and math.isfinite(norm) for value, norm in seen), f"miner={miner} distance={distance}: {seen}"
         if (loss, miner) not in SOLVED:
-            assert any(norm > 0 for _, norm in seen), f"miner={miner}: no gradient in {seen}"
+            assert any(norm > 0 for _, norm in seen), f"miner={miner} distance={distance}: no gradient in {seen}"
+        met.add(distance)
+    assert met == set(distances) or loss in OWN_TUPLES
 
 
 @pytest.mark.parametrize("wrapped", sorted(WRAPPED))

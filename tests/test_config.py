@@ -1,7 +1,9 @@
 """Every choice of every group composes, fits what it names, and matters; what cannot work together is refused."""
 
+import copy
 import functools
 import itertools
+import operator
 import re
 import sys
 import time
@@ -346,9 +348,12 @@ def numbers(module: torch.nn.Module) -> list[float]:
 
 @pytest.mark.parametrize(("group", "option"), [(group, option) for group, option in OPTIONS if group in ("loss", "miner")])
 def test_every_number_of_a_loss_or_miner_reaches_it(group, option):
-    def built(*overrides: str) -> list[float]:
+    def built(key: str = "", other: float = 0) -> list[float]:
         torch.manual_seed(0)
-        config = compose([f"{group}={option}", *overrides])
+        config = copy.deepcopy(plain(f"{group}={option}"))
+        if key:
+            *above, last = key.split(".")
+            functools.reduce(operator.getitem, above, config)[last] = other
         made = build(config, group, num_classes=4, embedding_size=8, distance=build(config, "distance"))
         starts = [float(start) for start in getattr(made, "starts", {}).values()]
         return [] if made is None else numbers(made) + starts
@@ -365,7 +370,7 @@ def test_every_number_of_a_loss_or_miner_reaches_it(group, option):
         if key.endswith("start_epoch.early"):
             continue  # it must be 0
         other = value + 1 if isinstance(value, int) else value * 0.9 if value else 0.05
-        assert built(f"{key}={other}") != default, key
+        assert built(key, other) != default, key
         tried += 1
     assert tried or option in ("none", "batch_hard", "batch_easy_hard", "hard")
 

@@ -594,14 +594,14 @@ class _Walk:
         spread = bins <= 0.75 * (beside[:-2] + beside[2:])
         alone = same[:fine].nonzero().flatten()
         alone = alone[spread[alone // _COARSE]]
-        starts = torch.ones(self.levels.count + 1, dtype=torch.bool, device=self.device)
-        starts[:fine] = False
-        starts[torch.cat([torch.arange(0, fine, _COARSE, device=self.device), alone, alone + 1])] = True
+        starts = torch.zeros(fine + 1, dtype=torch.bool, device=self.device)
+        starts[torch.cat([torch.arange(0, fine + 1, _COARSE, device=self.device), alone, alone + 1])] = True
         ends = starts.nonzero().flatten()
-        lowest, width = ends[:-1], ends.diff().double()
-        inside = lowest[lowest < fine]
-        different = torch.cat([bins[inside // _COARSE] * width[: len(inside)] / _COARSE, counts[fine:]])
-        same = pad(same.cumsum(0), (1, 0))[ends].diff().double()
+        inside, width = ends[:-1], ends.diff().double()
+        above = (same + counts)[fine:].nonzero().flatten() + fine  # of the levels themselves most are of no pair
+        lowest, width = torch.cat([inside, above]), torch.cat([width, torch.ones_like(above, dtype=torch.float64)])
+        different = torch.cat([bins[inside // _COARSE] * width[: len(inside)] / _COARSE, counts[above].double()])
+        same = torch.cat([pad(same[:fine].cumsum(0), (1, 0))[ends].diff(), same[above]]).double()
         different[lowest < (_COARSE if fine else 1)] = 0  # no pairs
         used = (same + different).nonzero().flatten().flip(0)
         twice = 2 if self.itself and not self.both else 1  # rows that are whole hold each pair from either side

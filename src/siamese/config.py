@@ -380,13 +380,16 @@ def named(cfg: DictConfig, choices: dict[str, str], group: str) -> Iterator[tupl
 
 def _check_combination(cfg: DictConfig, choices: dict[str, str]) -> None:
     """Hold the table of what goes with what, the `goes_with` of each loss and miner, against what is asked for."""
-    sampling, distance, miner = choices["sampling"], cfg.distance, choices["miner"]
+    sampling, distance, miner = choices["sampling"], OmegaConf.to_container(cfg.distance, resolve=True), choices["miner"]
     nodes = list(named(cfg, choices, "loss"))
     rows = [(said, node.get("goes_with", {})) for said, node in nodes]
-    losses = [loss for loss in available("loss") if _all_go_with([_read("loss", loss).get("goes_with")], sampling, distance)]
-    ways_out = {group: [f"loss={loss}" for loss in losses[:3]] for group in ("sampling", "distance")}
-    ways_out["sampling"][:0] = [f"sampling={s}" for s in available("sampling") if _all_go_with([row for _, row in rows], s, None)]
-    ways_out["distance"][:0] = [f"distance={d}" for d in available("distance") if _all_go_with([row for _, row in rows], None, d)]
+
+    def ways_out(group: str) -> str:
+        asked = ({group: choice} for choice in available(group))
+        others = [f"{group}={a[group]}" for a in asked if _all_go_with([row for _, row in rows], a.get("sampling"), a.get("distance"))]
+        losses = [loss for loss in available("loss") if _all_go_with([_read("loss", loss).get("goes_with")], sampling, distance)]
+        return " or ".join([*others, *(f"loss={loss}" for loss in losses[:3])])
+
     for said, node in nodes:
         names, weights = (list(node.get(key, ())) for key in ("losses", "weights"))
         if set(names) != set(weights):
@@ -397,9 +400,9 @@ def _check_combination(cfg: DictConfig, choices: dict[str, str]) -> None:
     for said, accepts in rows:
         if not _all_go_with([accepts], sampling, None):
             why = "needs the classes of a balanced batch" if accepts["sampling"] == ["balanced"] else "finds no tuples it can use there"
-            raise InputError(f"{said} does not go with sampling={sampling}: it {why}. Use {' or '.join(ways_out['sampling'])}")
+            raise InputError(f"{said} does not go with sampling={sampling}: it {why}. Use {ways_out('sampling')}")
         if not _all_go_with([accepts], None, distance):
-            raise InputError(f"{said} is not defined for distance={_said(distance)}: use {' or '.join(ways_out['distance'])}")
+            raise InputError(f"{said} is not defined for distance={_said(distance)}: use {ways_out('distance')}")
         if sampling == "balanced" and miner not in accepts.get("miner", [miner]):
             remedy = f"use miner={' or miner='.join(accepts['miner'])}, or loss=triplet"
             raise InputError(f"{said} forms its own tuples and takes none from miner={miner}: {remedy}")
@@ -414,10 +417,10 @@ def _check_combination(cfg: DictConfig, choices: dict[str, str]) -> None:
                 raise InputError(f"{said} is not defined for distance={_said(distance)}: use distance=cosine or miner=semihard")
 
 
-def _all_go_with(rows: list[dict | None], sampling: str | None, distance: DictConfig | str | None) -> bool:
+def _all_go_with(rows: list[dict | None], sampling: str | None, distance: dict | str | None) -> bool:
     """Do all these rows of the table accept both? None asks nothing; of a row that is missing nothing is known."""
-    names = {distance} if isinstance(distance, str) or distance is None else {distance.name}
-    if distance == "cosine" or (isinstance(distance, DictConfig) and on_the_sphere(distance)):
+    names = {distance["name"] if isinstance(distance, dict) else distance}
+    if distance == "cosine" or (isinstance(distance, dict) and on_the_sphere(distance)):
         names.add("sphere")
     return all(
         row is not None
@@ -427,8 +430,9 @@ def _all_go_with(rows: list[dict | None], sampling: str | None, distance: DictCo
     )
 
 
-def _said(distance: DictConfig) -> str:
-    return "euclidean without normalisation" if distance.name == "euclidean" and not distance.normalize_embeddings else distance.name
+def _said(distance: dict) -> str:
+    plain = distance["name"] == "euclidean" and not distance["normalize_embeddings"]
+    return "euclidean without normalisation" if plain else distance["name"]
 
 
 @functools.lru_cache(maxsize=100)
@@ -491,8 +495,8 @@ def available(group: str) -> list[str]:
 
 
 @functools.cache
-def _read(group: str, name: str) -> DictConfig:
-    return OmegaConf.load(CONF / group / f"{name}.yaml")
+def _read(group: str, name: str) -> dict:
+    return OmegaConf.to_container(OmegaConf.load(CONF / group / f"{name}.yaml"), resolve=False)
 
 
 def explain(error: Exception, arguments: list[str], config_name: str) -> str:

@@ -46,7 +46,7 @@ def photos() -> list[Image.Image]:
 
 
 def letters() -> list[Image.Image]:
-    return [Image.fromarray(image[0].numpy()).convert("RGB") for image in Glyphs().split("train").inputs[::3]]
+    return [Image.fromarray(image[0].numpy()).convert("RGB") for image in Glyphs().split("train").inputs[::6]]
 
 
 def drawings() -> list[Image.Image]:
@@ -54,7 +54,7 @@ def drawings() -> list[Image.Image]:
     rng, images = np.random.default_rng(0), []
     from PIL import ImageDraw
 
-    for _ in range(600):
+    for _ in range(300):
         image = Image.new("RGB", (105, 105), "white")
         for _ in range(3):
             ImageDraw.Draw(image).line([tuple(point) for point in rng.integers(10, 95, (3, 2)).tolist()], "black", 3)
