@@ -262,7 +262,8 @@ def duplicates(options) -> int:
 def show(options) -> int:
     people = opened(options)
     classes = people.gallery.classes()
-    triage = people.triage(None, options.threshold, options.false_alarms)
+    with progress(len(people.gallery), "comparing") as advance:
+        triage = people.triage(None, options.threshold, options.false_alarms, advance)
     if options.json:
         tell(options, {"model": people.fingerprint, "classes": classes, **asdict(triage)})
         return 0

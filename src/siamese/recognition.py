@@ -16,7 +16,7 @@ import os
 import queue
 import threading
 import zlib
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -375,33 +375,57 @@ class Recognizer:
         threshold = decision.threshold if threshold is None else threshold
         return Verification(score >= threshold, score, threshold, far, frr, float(decision.probability(torch.tensor(score))))
 
-    @torch.no_grad()
-    def triage(self, labels: Sequence[str] | None = None, threshold: float | None = None, false_alarms: float = 0.01) -> Triage:
+    def triage(
+        self,
+        labels: Sequence[str] | None = None,
+        threshold: float | None = None,
+        false_alarms: float = 0.01,
+        advance: Callable[[int], None] = lambda number: None,
+    ) -> Triage:
         """Which classes are too close to tell apart, and which references look wrong.
 
         Args:
-            labels: the classes to look at; None for all.
+            labels: the classes to look at; None for all, each reference of which is then searched for.
             threshold, false_alarms: see `identify`: what one class's reference must not reach with another class.
+            advance: is told how many more references are done.
         """
         threshold = self.threshold_for(false_alarms) if threshold is None else threshold
         alike = -torch.inf if self.model.threshold is None else self.model.threshold
         close: dict[tuple[str, str], float] = {}
         odd = []
-        for label in self.gallery.classes() if labels is None else dict.fromkeys(labels):
-            references, ids = self.gallery.of(label)
-            among = scores(self.gallery.distance, references, references)
-            own = among.fill_diagonal_(-torch.inf).amax(1).tolist()
-            for name, mine, matches in zip(ids, own, self.gallery.search(references, 2), strict=True):
+        for some in self._references(self.gallery.classes() if labels is None else dict.fromkeys(labels)):
+            found = self.gallery.search(torch.stack([reference for *_, reference in some]), 2)
+            for (label, name, mine, few, _), matches in zip(some, found, strict=True):
                 other = next((match for match in matches if match.label != label), None)
-                if other is not None and other.score >= threshold:
+                if other is not None and other.score >= threshold > -torch.inf:
                     pair = tuple(sorted((label, other.label)))
                     close[pair] = max(close.get(pair, -torch.inf), other.score)
-                if len(ids) > 1 and mine < max(alike if len(ids) > 2 else -torch.inf, other.score if other else -torch.inf):
+                if mine is not None and mine < max(-torch.inf if few else alike, other.score if other else -torch.inf):
                     odd.append((label, name, mine, other.label if other else "", other.score if other else None))
+            advance(len(some))
         return Triage(
             sorted(((*pair, score) for pair, score in close.items()), key=lambda found: -found[2]),
             sorted(odd, key=lambda found: found[2] - (alike if found[4] is None else found[4])),
         )
+
+    @torch.no_grad()
+    def _references(self, labels: Iterable[str]) -> Iterator[list[tuple[str, str, float | None, bool, Tensor]]]:
+        """Class, id, score with the nearest other of the class (None if there is no other), whether those are few, and embedding of
+        the references of these classes, many at a time."""
+        waiting = []
+        for label in labels:
+            references, ids = self.gallery.of(label)
+            for start in range(0, len(ids), _CHUNK):
+                part = references[start : start + _CHUNK]
+                among = scores(self.gallery.distance, part, references)
+                among[torch.arange(len(part)), torch.arange(start, start + len(part))] = -torch.inf
+                own = among.amax(1).tolist() if len(ids) > 1 else [None]
+                waiting += zip([label] * len(part), ids[start : start + _CHUNK], own, [len(ids) < 3] * len(part), part, strict=True)
+                if len(waiting) >= _CHUNK:
+                    yield waiting
+                    waiting = []
+        if waiting:
+            yield waiting
 
 
 def name_of(item: Any) -> str:
