@@ -31,7 +31,7 @@ for number, path in ((1, out), (2, err)):
 os.environ.clear()
 os.environ.update(environment)
 os.chdir(root)
-sys.argv, sys.path[:1] = [script, *arguments], [root, f"{root}/src"]
+sys.argv, sys.path[:1] = [script, *arguments], [os.path.dirname(os.path.join(root, script)), f"{root}/src"]
 runpy.run_path(script, run_name="__main__")
 """
 

@@ -93,6 +93,16 @@ def test_the_share_of_right_answers_is_its_expectation(distance, ways, shots, me
 
 
 @DISTANCES
+@pytest.mark.parametrize(("shots", "method"), [(1, "prototype"), (3, "nearest")])
+def test_the_answers_are_the_same_whether_all_pairs_are_compared_at_once_or_those_of_each_question(monkeypatch, distance, shots, method):
+    embeddings, labels = clusters(60, 8, spread=1.5)
+    at_once = fewshot(embeddings, labels, distance, 5, shots, method=method, episodes=300)[0]
+    monkeypatch.setattr(protocols, "_FEW", 0)
+    assert torch.equal(fewshot(embeddings, labels, distance, 5, shots, method=method, episodes=300)[0], at_once)
+    assert 0 < at_once.sum() < 300
+
+
+@DISTANCES
 @pytest.mark.parametrize("method", METHODS)
 def test_each_answer_is_that_of_a_loop(distance, method):
     embeddings, labels = clusters(60, 8, spread=1.5)

@@ -2,8 +2,6 @@
 
 import json
 import statistics
-import subprocess
-import sys
 
 import pytest
 
@@ -68,14 +66,12 @@ def test_the_study_runs_what_is_missing_and_goes_on_when_a_run_fails(finished, t
     }  # fmt: skip
 
 
-def test_the_page_of_the_study_says_what_its_figures_are(finished, tmp_path):
+def test_the_page_of_the_study_says_what_its_figures_are(finished, command, tmp_path):
     finished([0, 1, 2])
     found = study_losses.collect(tmp_path / "runs", ["loss=supcon", "loss=triplet", "miner=hard"])
     (tmp_path / "losses.json").write_text(json.dumps(found))
-    done = subprocess.run(
-        [sys.executable, "scripts/study_losses.py", "--page", "--docs", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = command("scripts/study_losses.py", "--page", "--docs", str(tmp_path))
+    assert done.code == 0, done.err
     page = (tmp_path / "losses.md").read_text()
     values = [0.5 + len("loss=triplet") / 100 + seed / 1000 for seed in range(3)]
     assert f"| triplet | {statistics.mean(values):.3f} ± {statistics.stdev(values):.3f} |" in page
@@ -84,17 +80,12 @@ def test_the_page_of_the_study_says_what_its_figures_are(finished, tmp_path):
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_study_holds_every_loss_and_miner_and_refuses_what_it_does_not_know(tmp_path):
+def test_the_study_holds_every_loss_and_miner_and_refuses_what_it_does_not_know(command, tmp_path):
     names = {name.partition("=")[2] for name in study_losses.variants() if name.startswith("loss=")}
     assert names == set(available("loss"))
-    done = subprocess.run(
-        [sys.executable, "scripts/study_losses.py", "--only", "loss=tripplet", "--runs", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: loss=tripplet is not part of the study")
+    done = command("scripts/study_losses.py", "--only", "loss=tripplet", "--runs", str(tmp_path))
+    assert done.code == 1
+    assert done.err.startswith("error: loss=tripplet is not part of the study")
 
 
 def test_the_page_of_the_study_is_what_its_figures_say():
@@ -108,7 +99,7 @@ def test_the_page_of_the_study_is_what_its_figures_say():
         assert study_losses.mean(found[name], "map_at_r") > study_losses.mean(found["untrained"], "map_at_r") or f"`{name}`" in explained
 
 
-def test_the_benchmark_of_koch_reads_a_finished_run(tmp_path):
+def test_the_benchmark_of_koch_reads_a_finished_run(command, tmp_path):
     made_up(
         tmp_path / "run",
         {"loss": "triplet"},
@@ -117,12 +108,12 @@ def test_the_benchmark_of_koch_reads_a_finished_run(tmp_path):
     )
     (tmp_path / "run" / ".hydra" / "config.yaml").write_text("sampling: {batch_size: 64}")
     (tmp_path / "run" / "metrics.csv").write_text("epoch,step,train/loss\n0,9,0.7\n1,19,0.6\n")
-    command = [sys.executable, "scripts/benchmark_koch.py", "--json", str(tmp_path / "koch.json"), "--run"]
-    done = subprocess.run([*command, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    words = ("scripts/benchmark_koch.py", "--json", str(tmp_path / "koch.json"), "--run")
+    done = command(*words, str(tmp_path / "run"))
+    assert done.code == 0, done.err
     values = {row["name"]: row["value"] for row in json.loads((tmp_path / "koch.json").read_text())}
     assert values["koch official one-shot accuracy"] == 69.25
     assert values["koch pairs seen"] == 20 * 64
-    done = subprocess.run([*command, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"error: {tmp_path} holds no metrics.json")
+    done = command(*words, str(tmp_path))
+    assert done.code == 1
+    assert done.err.startswith(f"error: {tmp_path} holds no metrics.json")
