@@ -185,9 +185,8 @@ def _line(name: str, answer) -> list[str]:
 def _why_not(people, options, expected: float) -> str:
     if options.threshold is not None or expected <= options.false_alarms * 1.001:
         return ""
-    decision = people.model.decision
-    known = f"{decision.strangers:,} samples" if decision.sizes else f"{decision.different:,} different pairs"
-    return f", not {options.false_alarms:.2%}: validation's {known} tell no lower rate for so many references"
+    pairs = people.model.decision.different
+    return f", not {options.false_alarms:.2%}: validation's {pairs:,} different pairs tell no lower rate"
 
 
 def verify(options) -> int:

@@ -158,23 +158,6 @@ def test_rates_at_any_score_are_bounds(judged):
         assert said_far < 0.1 or said_far < 1.6 * far + 0.1
 
 
-def test_the_threshold_for_strangers_keeps_what_it_promises_for_any_number_of_references(judged):
-    decision = Decision.of("equal_error", judged)
-    assert decision.strangers == 400
-    for references in (1, 7, 100, 5000):
-        for rate in (0.5, 0.1, 0.03):
-            threshold = decision.for_alarms(rate, references)
-            promised = max(rate, decision.finest_alarms(references))
-            assert decision.alarms_at(threshold, references) <= promised * (1 + 1e-6)
-            assert naive_rates(threshold)[0] <= promised + 1e-9, "of one reference, the false accepts"
-            stricter = dataclasses.replace(decision, sizes=[], alarms=[]).for_alarms(rate, references)
-            if references < 300 and rate * 400 >= 10:
-                assert threshold <= stricter + 1e-9, "false accepts of several references for one stranger add up to less than their sum"
-    assert decision.for_alarms(0.1, 100) > decision.for_alarms(0.1, 10) > decision.for_alarms(0.1, 1)
-    assert decision.finest_alarms(10) == 10 / 400
-    assert decision.finest_alarms(4000) > 10 / 400
-
-
 def test_probabilities_grow_with_the_score(judged):
     decision = Decision.of("equal_error", judged)
     chance = decision.probability(torch.linspace(-1, 1, 21))
@@ -182,20 +165,7 @@ def test_probabilities_grow_with_the_score(judged):
     assert 0 < chance[0] < 0.5 < chance[-1] < 1
 
 
-@pytest.mark.parametrize(
-    "broken",
-    [
-        {"curve": []},
-        {"curve": [[1, 2]]},
-        {"threshold": None},
-        {"slope": float("nan")},
-        {"far": "much"},
-        {"sizes": [0]},
-        {"sizes": [3, 2]},
-        {"alarms": [[0.1]]},
-        {"strangers": "x"},
-    ],
-)
+@pytest.mark.parametrize("broken", [{"curve": []}, {"curve": [[1, 2]]}, {"threshold": None}, {"slope": float("nan")}, {"far": "much"}])
 def test_a_decision_of_no_numbers_is_refused(judged, broken):
     with pytest.raises(ValueError, match="its decision"):
         dataclasses.replace(Decision.of("equal_error", judged), **broken)

@@ -6,14 +6,13 @@ import re
 
 import numpy as np
 import pytest
-import scipy.stats
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from torch.nn.functional import normalize
 
 from siamese import protocols
 from siamese.distances import LearnedDistance
-from siamese.protocols import METHODS, false_alarms, fewshot, identify, oneshot_error
+from siamese.protocols import METHODS, fewshot, identify, oneshot_error
 
 COSINE, SPHERE, PLAIN, CITY = CosineSimilarity(), LpDistance(), LpDistance(normalize_embeddings=False), LpDistance(p=1)
 LEARNED, LEARNED_UNIT = (LearnedDistance(6, unit).requires_grad_(False) for unit in (False, True))
@@ -451,30 +450,6 @@ def test_identification_needs_enrolled_probes_and_strangers(labels, enrolled, me
 def test_a_false_alarm_rate_is_a_share(rate):
     with pytest.raises(ValueError, match=re.escape(f"above 0 and at most 1, not 0.1, {rate}")):
         identify(*open_set(100), COSINE, (0.1, rate))
-
-
-# Strangers
-
-
-def test_false_alarms_are_those_of_galleries_drawn_from_the_others():
-    embeddings, labels = clusters(120, 10)
-    unit = normalize(embeddings.double())
-    score, different = unit @ unit.T, labels[:, None] != labels
-    thresholds = score[different].quantile(torch.tensor([0.999, 0.97, 0.8, 0.3], dtype=torch.float64))
-    strangers, sizes, shares = false_alarms(embeddings, labels, CosineSimilarity(), thresholds)
-    assert strangers == 120
-    assert sizes[0] == 1
-    assert sizes[-1] == different.sum(1).min()
-    assert shares.shape == (4, len(sizes))
-    for row, threshold in enumerate(thresholds.tolist()):
-        reached = (different & (score >= threshold - 1e-6)).sum(1).numpy()
-        for column, size in enumerate(sizes.tolist()):
-            none = scipy.stats.hypergeom.pmf(0, different.sum(1).numpy(), reached, size)
-            assert shares[row, column].item() == pytest.approx((1 - none).mean(), abs=1e-9)
-    assert (shares.diff(dim=0) >= 0).all(), "in order from strict to lenient"
-    assert (shares.diff(dim=1) >= -1e-12).all(), "the more references, the more alarms"
-    far = [(different & (score >= cut - 1e-6)).sum().item() / different.sum().item() for cut in thresholds]
-    assert shares[:, 0].tolist() == pytest.approx(far, abs=0.01), "of one reference, the false accepts"
 
 
 def test_the_open_set_curve_is_that_of_the_naive_count():

@@ -5,7 +5,7 @@ All of it is fitted on validation classes, and goes with the model wherever it g
 
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
@@ -48,8 +48,6 @@ class Decision:
     same, different: how many pairs of each they were measured on.
     slope, intercept: of the logistic calibration.
     curve: [score, far, frr] of other thresholds, from strict to lenient.
-    strangers: of how many validation samples alarms were measured; 0 where they were not.
-    sizes, alarms: for each threshold of the curve and each number of references, the share of strangers that one of them accepts.
     """
 
     goal: str
@@ -63,27 +61,22 @@ class Decision:
     curve: list[list[float]]
     far_ci95: list[float] | None = None
     frr_ci95: list[float] | None = None
-    strangers: int = 0
-    sizes: list[int] = field(default_factory=list)
-    alarms: list[list[float]] = field(default_factory=list)
 
     def __post_init__(self):
-        numbers = [self.threshold, self.far, self.frr, self.same, self.different, self.slope, self.intercept, self.strangers, *self.sizes]
+        numbers = [self.threshold, self.far, self.frr, self.same, self.different, self.slope, self.intercept]
         try:
-            parts = [np.asarray(part, dtype=np.float64) for part in (numbers, self.curve, self.alarms)]
-            fine = all(np.isfinite(part).all() for part in parts)
+            curve = np.asarray(self.curve, dtype=np.float64)
+            fine = np.isfinite(np.asarray(numbers, dtype=np.float64)).all() and np.isfinite(curve).all()
         except (TypeError, ValueError):
             fine = False
-        if not fine or parts[1].ndim != 2 or parts[1].shape[1] != 3 or len(self.curve) < 1:
+        if not fine or curve.ndim != 2 or curve.shape[1] != 3 or len(curve) < 1:
             raise ValueError("its decision holds what is no finite number, or no curve")
-        if self.sizes and (parts[2].shape != (len(self.curve), len(self.sizes)) or min(np.diff([0, *self.sizes])) <= 0):
-            raise ValueError("its decision holds alarms that do not fit its curve")
 
     @classmethod
     def of(cls, goal: str, result) -> "Decision":
         """Of the `siamese.evaluation.EvaluationResult` of validation, judged with this goal."""
         far, tar, thresholds = result.far[1:], result.tar[1:], result.thresholds[1:]  # the first is of a threshold of infinity
-        kept = thinned(far)
+        kept = np.unique(np.searchsorted(far, [0.0, *np.logspace(-7, 0, _POINTS - 1)], side="right").clip(1) - 1)
         return cls(
             goal=goal,
             threshold=result.figures["threshold"],
@@ -92,9 +85,6 @@ class Decision:
             **dict(zip(("same", "different"), map(int, result.pairs), strict=True)),
             **dict(zip(("slope", "intercept"), result.calibration, strict=True)),
             curve=np.stack([thresholds[kept], far[kept], 1 - tar[kept]], 1).tolist(),
-            strangers=result.strangers,
-            sizes=result.alarm_sizes.tolist(),
-            alarms=[[float(f"{share:.4g}") for share in row] for row in result.alarms.tolist()],
         )
 
     def plain(self) -> dict:
@@ -122,44 +112,10 @@ class Decision:
         strict = [point for point in self.curve if point[0] >= score]
         return lenient[1], strict[-1][2] if strict else 1.0
 
-    def for_alarms(self, rate: float, references: int) -> float:
-        """The most lenient threshold at which at most this share of strangers is accepted by any of so many references.
-
-        Of less than ten strangers nothing is said: see `finest_alarms`.
-        """
-        wanted = max(rate, self.finest_alarms(references)) * (1 + 1e-9)
-        inside = (self._alarms(references) <= wanted).nonzero()[0]
-        return self.curve[inside[-1]][0] if len(inside) else float(np.nextafter(self.curve[0][0], np.inf))
-
-    def alarms_at(self, score: float, references: int) -> float:
-        """At most this share of strangers is accepted by any of so many references, at a threshold of this score."""
-        found = self._alarms(references)
-        place = next((place for place, point in enumerate(self.curve) if point[0] <= score), len(self.curve) - 1)
-        return float(max(found[place], self.finest_alarms(references)))
-
-    def finest_alarms(self, references: int) -> float:
-        """The lowest share of strangers that can be told: ten of those there are; of larger galleries than validation, as much more."""
-        if not self.sizes:
-            return min(self.finest * references, 1.0)
-        return min(10 / max(self.strangers, 10) * max(references / self.sizes[-1], 1), 1.0)
-
-    def _alarms(self, references: int) -> np.ndarray:
-        """[T], for each threshold of the curve. A share grows with the number of references, and less so the more there are: beyond
-        those of validation it is at most proportional. Where it was not measured, false accepts add up to at most their sum."""
-        if not self.sizes:
-            return np.minimum(np.array([point[1] for point in self.curve]) * references, 1.0)
-        known = np.array([np.interp(math.log(references), np.log(self.sizes), row) for row in self.alarms])
-        return np.minimum(known * max(references / self.sizes[-1], 1), 1.0)
-
     @property
     def finest(self) -> float:
         """The lowest false-accept rate that so many pairs can tell: ten of them."""
         return 10 / max(self.different, 10)
-
-
-def thinned(far: np.ndarray) -> np.ndarray:
-    """Rows of at most a hundred points of a ROC, evenly along the logarithm of its false-accept rate."""
-    return np.unique(np.searchsorted(far, [0.0, *np.logspace(-7, 0, _POINTS - 1)], side="right").clip(1) - 1)
 
 
 def calibrate(scores: np.ndarray, same: np.ndarray, different: np.ndarray) -> tuple[float, float]:

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from siamese._walk import NEIGHBOURS, Found, Ranks, step_of, walk
-from siamese.decision import calibrate, calibration_error, goal_rate, thinned
+from siamese.decision import calibrate, calibration_error, goal_rate
 from siamese.distances import pair_scores
 from siamese.intervals import mean_interval, pair_intervals
-from siamese.protocols import false_alarms, fewshot, open_set
+from siamese.protocols import fewshot, open_set
 
 RECALL_AT = (1, 5, 10)
 FAR_EXPONENTS = (2, 3, 4, 5, 6)
@@ -72,8 +72,6 @@ class EvaluationResult:
     sampled: int64 [<= 2000] rows whose embeddings are kept; embeddings: float16 [<= 2000, D].
     pairs: how many same and different pairs were judged; calibration: slope and intercept, see `siamese.decision.calibrate`.
     open_set: float64 [<= 200, 2] false-alarm rate, detection and identification rate, see `siamese.protocols.open_set`.
-    strangers, alarm_sizes, alarms: see `siamese.protocols.false_alarms`, of the thresholds that `siamese.decision.thinned` leaves; only
-        where a threshold was fitted.
     """
 
     figures: dict[str, float]
@@ -98,14 +96,10 @@ class EvaluationResult:
     pairs: list[float] = field(default_factory=list)
     calibration: list[float] = field(default_factory=list)
     open_set: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)), repr=False)
-    strangers: int = 0
-    alarm_sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64), repr=False)
-    alarms: np.ndarray = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
 
-    _TEXTS = ("figures", "intervals", "notes", "ids", "class_names", "gallery_labels", "gallery_ids", "pairs", "calibration", "strangers")
+    _TEXTS = ("figures", "intervals", "notes", "ids", "class_names", "gallery_labels", "gallery_ids", "pairs", "calibration")
     _CLASSES = ("class_queries", "class_recall_at_1", "class_map_at_r", "confusions")
-    _ARRAYS = ("far", "tar", "thresholds", "labels", "neighbours", "neighbour_scores", *_CLASSES, "sampled", "embeddings")
-    _ARRAYS += ("open_set", "alarm_sizes", "alarms")
+    _ARRAYS = ("far", "tar", "thresholds", "labels", "neighbours", "neighbour_scores", *_CLASSES, "sampled", "embeddings", "open_set")
 
     @staticmethod
     def save(results: "dict[str, EvaluationResult]", path: str | os.PathLike) -> None:
@@ -216,11 +210,7 @@ def evaluate(
             figures[name] = right.double().mean().item()
             if certainty:
                 intervals[name] = mean_interval(right, asked)
-    curve_of_strangers, measured = np.zeros((0, 2)), {}
-    if threshold is None and ways and not gallery:
-        kept = thinned(curve[0][1:])
-        found_alarms = false_alarms(embeddings, labels, distance, torch.from_numpy(curve[2][1:][kept]), seed)
-        measured = dict(zip(("strangers", "alarm_sizes", "alarms"), (found_alarms[0], *map(Tensor.numpy, found_alarms[1:])), strict=True))
+    curve_of_strangers = np.zeros((0, 2))
     if ways and not gallery and int((counts > 1).sum()) > 1:
         identified, left_out, curve_of_strangers = open_set(embeddings, labels, distance, seed)
         figures |= identified
@@ -248,7 +238,6 @@ def evaluate(
         pairs=[float(kind.sum()) for kind in pairs[1:]],
         calibration=list(calibration),
         open_set=np.asarray(curve_of_strangers),
-        **measured,
     )
 
 

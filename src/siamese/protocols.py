@@ -212,47 +212,6 @@ def open_set(embeddings: Tensor, labels: Tensor, distance: Module, seed: int = 0
     return figures, notes, torch.stack([allowed.to(alarms.device) / len(alarms), detected], 1).cpu()
 
 
-@torch.no_grad()
-def false_alarms(embeddings: Tensor, labels: Tensor, distance: Module, thresholds: Tensor, seed: int = 0) -> tuple[int, Tensor, Tensor]:
-    """Of strangers, the share that any of n references accepts.
-
-    Each of at most 5,000 samples is a stranger to all samples of other classes, of which at most 20,000 are looked at. If k of m of them
-    reach a threshold, n references drawn from them hold none of the k with a probability of C(m - k, n) / C(m, n).
-
-    Args:
-        embeddings: float [N, D], finite.
-        labels: int64 [N].
-        thresholds: float64 [T], scores.
-
-    Returns:
-        how many strangers there were; the numbers n of references, int64 [S] from 1 up to as many as all strangers can be compared
-        with; and the shares, float64 [T, S].
-    """
-    draw = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=draw).to(labels.device)
-    probes, others = order[:5000], order[:20_000]
-    cuts = thresholds.to(embeddings.device).double().flip(0).contiguous()  # ascending
-    levels = Levels(distance, [embeddings[probes], embeddings[others]], Ranks())
-    gallery, reached = _ready(embeddings[others], levels, levels.dtype), []
-    for rows in probes.split(max(1, _SCORES // len(others))):
-        score = (scores(distance, _ready(embeddings[rows], levels, levels.dtype), gallery) / levels.step).round_().double() * levels.step
-        below = torch.searchsorted(cuts - levels.step / 2, score, right=True)  # so many thresholds it reaches, the lowest first
-        below[labels[rows][:, None] == labels[others]] = 0
-        counts = torch.zeros(len(rows), len(cuts) + 1, device=score.device, dtype=torch.float64)
-        counts.scatter_add_(1, below, torch.ones_like(score, dtype=torch.float64))
-        reached.append(counts[:, 1:].flip(1).cumsum(1))  # [P, T], in the order of `thresholds`
-    k = torch.cat(reached).cpu()
-    m = (labels[probes][:, None] != labels[others]).sum(1).double().cpu()
-    most = max(int(m.min()), 1)
-    sizes = torch.logspace(0, math.log10(most), 4 * math.ceil(math.log10(most) + 1), dtype=torch.float64).round().long().unique()
-    shares = []
-    for n in sizes.double().tolist():
-        left = (m[:, None] - k - n).clamp(min=-1)  # -1: some of the k must be among the n
-        none = torch.lgamma(m[:, None] - k + 1) - torch.lgamma(left + 1) - (torch.lgamma(m + 1) - torch.lgamma(m - n + 1))[:, None]
-        shares.append(torch.where(left < 0, 1.0, 1 - none.exp()).mean(0))
-    return len(probes), sizes, torch.stack(shares, 1)
-
-
 def _answers(
     probes: Tensor, labels: Tensor, gallery: Tensor, gallery_labels: Tensor, enrolled: Tensor, distance: Module
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -331,8 +331,9 @@ class Recognizer:
     def threshold_for(self, false_alarms: float = 0.01, rule: str = "nearest") -> float:
         """The least score of an identification: of strangers like those of validation, at most this share is taken for somebody.
 
-        The more references there are the more likely one of them accepts a stranger: see `siamese.protocols.false_alarms`. Below the
-        share that validation can tell (`Decision.finest_alarms`) the threshold goes no further. -inf where the model has no decision.
+        One stranger is compared with n references, so its false accepts add up to at most n times those of one pair: the threshold is
+        that of a false-accept rate of `false_alarms` / n. Below the rate that validation can tell (`Decision.finest`) it goes no further.
+        -inf where the model has no decision.
 
         Raises:
             ValueError: false_alarms is not above 0 and below 1.
@@ -341,13 +342,14 @@ class Recognizer:
             raise ValueError(f"false alarms are a share of strangers above 0 and below 1, not {false_alarms}")
         if self.model.decision is None:
             return -torch.inf
-        return self.model.decision.for_alarms(false_alarms, self._compared(rule))
+        return self.model.decision.at_far(false_alarms / self._compared(rule))[0]
 
     def false_alarms_at(self, threshold: float, rule: str = "nearest") -> float | None:
         """The share of strangers that such a threshold takes for somebody is at most this; None where the model has no decision."""
         if self.model.decision is None:
             return None
-        return self.model.decision.alarms_at(threshold, self._compared(rule))
+        far = max(self.model.decision.rates_at(threshold)[0], self.model.decision.finest)
+        return min(far * self._compared(rule), 1.0)
 
     def _compared(self, rule: str) -> int:
         return max(len(self.gallery.classes()) if rule == "prototype" else len(self.gallery), 1)
