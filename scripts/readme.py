@@ -1,4 +1,4 @@
-"""Write what follows from the code and from measurements: parts of README.md, and docs/evaluation.md.
+"""Write what follows from the code and from measurements: a part of README.md, and pages of docs/.
 
 python scripts/readme.py           # rewrite them in place
 python scripts/readme.py --check   # exit code 1 when they are out of date
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from siamese.config import CONF, ROOT, available
 
-README, PAGE = ROOT / "README.md", ROOT / "docs" / "evaluation.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 
 def defaults() -> dict[str, str]:
@@ -73,7 +73,7 @@ def figures() -> str:
     return "\n".join(rows)
 
 
-BLOCKS = {"options": options, "combinations": combinations, "figures": figures}
+BLOCKS = {"figures": figures}
 
 
 def render(text: str) -> str:
@@ -87,34 +87,77 @@ def render(text: str) -> str:
     return text
 
 
-def page() -> str:
-    """docs/evaluation.md: what judging costs and how exact it is."""
-    rows = json.loads(PAGE.with_suffix(".json").read_text())
-    cells = []
-    for row in rows:
+def choices() -> str:
+    """docs/options.md: the groups, and what goes with what."""
+    about = (
+        "# Options",
+        "",
+        "Written by `scripts/readme.py` from `conf/`. Each choice is a short YAML in `conf/<group>/`, swapped by `loss=triplet`, of which",
+        "every key can be set: `loss.margin=0.1`.",
+        "",
+        options(),
+        "",
+        "Losses and miners with the batches and distances that they are defined for. *sphere* is cosine, or normalised Euclidean, which",
+        "ranks alike; margins for each distance stand in the YAML.",
+        "",
+        combinations(),
+    )
+    return "\n".join(about) + "\n"
+
+
+def measured(name: str, more: tuple[str, ...] = ()) -> list[str]:
+    """The rows that a benchmark has written, as a table; in bold what misses its target, at most that but for rows with words of `more`."""
+    lines = ["| | measured | target |", "| --- | ---: | ---: |"]
+    for row in json.loads((DOCS / f"{name}.json").read_text()):
         value, target = f"{row['value']:.3g} {row['unit']}".strip(), row["target"]
-        missed = target is not None and row["value"] > target
-        cells.append((row["name"], f"**{value}**" if missed else value, "" if target is None else f"{target:g}"))
+        sign = -1 if any(word in row["name"] for word in more) else 1
+        missed = target is not None and sign * row["value"] > sign * target
+        lines.append(f"| {row['name']} | {f'**{value}**' if missed else value} | {'' if target is None else f'{target:g}'} |")
+    return lines
+
+
+def evaluation() -> str:
+    """docs/evaluation.md: what judging costs and how exact it is."""
     about = (
         "# What judging costs, and how exact it is",
         "",
         "Written by `scripts/readme.py` from what `python scripts/benchmark_evaluation.py --full --json docs/evaluation.json` measured on",
-        "one core: CPU seconds, ours and the other in turn. In bold what misses its target. The data and the products are described at",
-        "the top of that script, the rules of judging in `src/siamese/evaluation.py`, how one pass gives all figures in",
-        "`src/siamese/_walk.py`.",
+        "one core: CPU seconds, ours and the other in turn. In bold what misses its target, which is at most that. The data and the",
+        "products are described at the top of that script, the rules of judging in `src/siamese/evaluation.py`, how one pass gives all",
+        "figures in `src/siamese/_walk.py`.",
         "",
         "Scores are rounded to 2^-20, which may flatter a figure as well as not: hence 1e-06 where nothing would be asked for. Beyond",
         "2^26 scores, different pairs are counted in bins of 2^-13 but for the highest 1/512; the rows of 9,000 items show what that",
         "does. From 2^24 scores on they are computed in single precision, which may order two that differ by less than 2^-20 otherwise.",
         "",
-        "| | measured | at most |",
-        "| --- | ---: | ---: |",
+        *measured("evaluation"),
     )
-    return "\n".join([*about, *(f"| {' | '.join(line)} |" for line in cells)]) + "\n"
+    return "\n".join(about) + "\n"
+
+
+def recognition() -> str:
+    """docs/recognition.md: what recognition costs and what its decisions are worth."""
+    about = (
+        "# What recognition costs, and what its decisions are worth",
+        "",
+        "Written by `scripts/readme.py` from what `python scripts/benchmark_recognition.py --full --json docs/recognition.json` measured,",
+        "on one thread: CPU seconds, ours and the other in turn. Throughput and what is the same are to be at least their target, all else",
+        "at most.",
+        "",
+        "One example of each class is enrolled, all others ask: drawings of the 20 alphabets that Omniglot keeps for evaluation, by",
+        "`experiment=omniglot_semihard`; questions of the 50 intents of CLINC150 that are kept for testing, by MiniLM after an epoch on 80",
+        "others. Strangers are drawings of classes that are not enrolled, or questions of no intent. Means over 20 draws.",
+        "",
+        *measured("recognition", more=("throughput", "the same file", "neighbours")),
+    )
+    return "\n".join(about) + "\n"
+
+
+PAGES = {"options": choices, "evaluation": evaluation, "recognition": recognition}
 
 
 if __name__ == "__main__":
-    new = {README: render(README.read_text()), PAGE: page()}
+    new = {README: render(README.read_text()), **{DOCS / f"{name}.md": write() for name, write in PAGES.items()}}
     old = {path: path.read_text() if path.is_file() else "" for path in new}
     if "--check" in sys.argv[1:]:
         late = [str(path.relative_to(ROOT)) for path in new if old[path] != new[path]]

@@ -25,7 +25,7 @@ def copy(drawings, questions, tmp_path_factory) -> Path:
     folder.mkdir()
     for name in ("conf", "scripts", "src"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
-    for name in ("train.py", "evaluate.py"):
+    for name in ("train.py", "evaluate.py", "recognize.py"):
         shutil.copy(ROOT / name, folder)
     (folder / "photos").symlink_to(drawings / "images_background_small1")
     photos = [path.relative_to(folder) for path in sorted((folder / "photos").rglob("*.png"))]
@@ -33,6 +33,11 @@ def copy(drawings, questions, tmp_path_factory) -> Path:
     (folder / "photos.csv").write_text("path,label\n" + "".join(lines))
     wines = "".join(f"w{row // 4},{row * 37 % 11},{'red' if row % 3 else 'white'}\n" for row in range(160))
     (folder / "wines.csv").write_text("wine,strength,colour\n" + wines)
+    (folder / "enrolment").symlink_to(folder / photos[0].parents[1])
+    for name in ("new", "archive", "catalogue"):
+        (folder / name).symlink_to(folder / photos[0].parent)
+    for name in ("my photo (1).png", "b.png"):
+        shutil.copy(folder / photos[0], folder / name)
     shutil.copy(questions, folder)
     texts = [line.partition(",")[0] for line in questions.read_text().splitlines()[1:]]
     pairs = [f"{left},{right},{row % 2}\n" for row, (left, right) in enumerate(zip(texts[::2], texts[1::2], strict=True))]
@@ -48,15 +53,17 @@ def run(command, copy, drawings, tmp_path_factory):
 
     def at_once(words: list[str]) -> None:
         done = command(*words, root=copy, SIAMESE_DATA_DIR=str(data))
-        assert done.code == 0, f"{shlex.join(words)}\n{done.out[-1500:]}\n{done.err[-1500:]}"
+        stranger = done.code == 1 and words[1] == "identify"  # after a few steps
+        assert done.code == 0 or stranger, f"{shlex.join(words)}\n{done.out[-1500:]}\n{done.err[-1500:]}"
 
     return at_once
 
 
 @pytest.fixture(scope="module")
 def stamps(run) -> None:
-    """A finished run and a finished sweep, for the commands that look at one."""
+    """A finished run, its gallery, and a finished sweep, for the commands that look at one."""
     run(["train.py", *DRAWINGS, *FEW_STEPS, "hydra.run.dir=logs/train/runs/one"])
+    run(["recognize.py", "enrol", "people.gallery", "--model", "logs/train/runs/one/bundle.safetensors", "enrolment"])
     run(["train.py", "-m", "seed=0", *DRAWINGS, *FEW_STEPS, "hydra.sweep.dir=logs/train/multiruns/one"])
 
 
@@ -86,7 +93,7 @@ def shortened(command: str) -> list[str] | None:
 
 @pytest.mark.parametrize("words", [shortened(command) for command in COMMANDS if shortened(command)], ids=shlex.join)
 def test_command_works_as_written(words, run, transformer, request):
-    if any("/one" in word for word in words):
+    if any("/one" in word for word in words) or words[0] == "recognize.py":
         request.getfixturevalue("stamps")
     run([word.replace("MODEL", str(transformer)) for word in words])
 
@@ -125,11 +132,28 @@ def test_examples_of_ones_own_work_as_printed(copy, run):
         run([*words, *([] if "dataset=digits" in words else DRAWINGS), *FEW_STEPS, "test=false", f"paths.output_dir={copy}/own"])
 
 
-def test_bundle_example_runs(copy, stamps):
-    code = next(text for language, text in BLOCKS if language == "python" and "Bundle.load" in text).replace("<stamp>", "one")
-    before = "import torch\nimages = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)\n"
-    after = "\nassert embeddings.shape == (4, 64) and same.shape == (1, 3) and same.all()"
-    subprocess.run([sys.executable, "-c", before + code + after], cwd=copy, check=True)
+def test_the_service_identifies_and_enrols(copy, stamps):
+    """As printed, in a process of its own, asked as a client would."""
+    (code,) = [text for language, text in BLOCKS if language == "python" and text.startswith("# serve.py")]
+    assert len(code.splitlines()) <= 30
+    (copy / "serve.py").write_text(code)
+    asked = """
+from fastapi.testclient import TestClient
+from serve import app
+client = TestClient(app)
+photo = lambda name: {"photo": open(name, "rb")}
+for label in ("Ada", "Grace"):
+    assert client.post(f"/enrol/{label}", files=photo("b.png")).status_code == 200
+found = client.post("/identify?k=2", files=photo("b.png")).json()
+assert found["label"] is None and found["reason"] == "too close to call", found
+assert len(found["matches"]) == 2 and all(abs(match[1] - 1) < 1e-5 for match in found["matches"]), found
+refused = client.post("/identify", files=photo("photos.csv"))
+assert refused.status_code == 422 and "it is no image" in refused.json()["detail"], refused.text
+from siamese.recognition import Recognizer
+assert {"Ada", "Grace"} <= Recognizer.load("people.gallery").gallery.classes().keys()
+"""
+    done = subprocess.run([sys.executable, "-c", asked], cwd=copy, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_generated_parts_are_up_to_date():

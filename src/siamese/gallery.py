@@ -201,7 +201,7 @@ class Gallery:
         wanted = depth + _SPARE
         best, row = torch.full((len(queries), 0), -torch.inf), torch.empty(len(queries), 0, dtype=torch.int64)
         centre = torch.cat([block.mean(0, keepdim=True) for block in blocks]).mean(0) if self._centred else None
-        room, start = torch.empty(len(queries) * _COLUMNS), 0
+        room, mask, start = torch.empty(len(queries) * _COLUMNS), np.empty(len(queries) * _COLUMNS, bool), 0
         for part in (part for block in blocks for part in block.split(_COLUMNS)):
             alike = self._alike(queries, part, centre, room[: len(queries) * len(part)].view(len(queries), len(part)))
             for number in () if without is None else without.T:
@@ -210,7 +210,8 @@ class Gallery:
                 value, place = alike.topk(min(wanted, len(part)))
                 place += start
             else:  # few reach what is found already; numpy finds them in a tenth of torch's time
-                hit = torch.from_numpy(np.flatnonzero(np.greater(alike.numpy(), best[:, -1:].numpy())))
+                reached = np.greater(alike.numpy(), best[:, -1:].numpy(), out=mask[: alike.numel()].reshape(alike.shape))
+                hit = torch.from_numpy(np.flatnonzero(reached))
                 query = hit // len(part)
                 counts = torch.bincount(query, minlength=len(queries))
                 which = torch.arange(len(hit)) - (counts.cumsum(0) - counts)[query]
