@@ -202,25 +202,25 @@ class Gallery:
         best, row = torch.full((len(queries), 0), -torch.inf), torch.empty(len(queries), 0, dtype=torch.int64)
         centre = torch.cat([block.mean(0, keepdim=True) for block in blocks]).mean(0) if self._centred else None
         room, mask, start = torch.empty(len(queries) * _COLUMNS), np.empty(len(queries) * _COLUMNS, bool), 0
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
         for part in (part for block in blocks for part in block.split(_COLUMNS)):
             alike = self._alike(queries, part, centre, room[: len(queries) * len(part)].view(len(queries), len(part)))
             for number in () if without is None else without.T:
                 alike.masked_fill_(self.labels[start : start + len(part)] == number[:, None], -torch.inf)
             if best.shape[1] < wanted:
                 value, place = alike.topk(min(wanted, len(part)))
-                place += start
+                best, order = torch.cat([best, value], 1).topk(min(wanted, best.shape[1] + value.shape[1]))
+                row = torch.cat([row, place + start], 1).gather(1, order)
             else:  # few reach what is found already; numpy finds them in a tenth of torch's time
                 reached = np.greater(alike.numpy(), best[:, -1:].numpy(), out=mask[: alike.numel()].reshape(alike.shape))
                 hit = torch.from_numpy(np.flatnonzero(reached))
                 query = hit // len(part)
-                counts = torch.bincount(query, minlength=len(queries))
-                which = torch.arange(len(hit)) - (counts.cumsum(0) - counts)[query]
-                value = torch.full((len(queries), int(counts.max())), -torch.inf)
-                place = torch.zeros_like(value, dtype=torch.int64)
-                value[query, which], place[query, which] = alike.view(-1)[hit], hit - query * len(part) + start
-            best, order = torch.cat([best, value], 1).topk(min(wanted, best.shape[1] + value.shape[1]))
-            row = torch.cat([row, place], 1).gather(1, order)
+                found.append((query, alike.view(-1)[hit], hit - query * len(part) + start))
+                if sum(len(one) for one, *_ in found) > 4 * len(queries):
+                    best, row = _merged(best, row, found)
+                    found = []
             start += len(part)
+        best, row = _merged(best, row, found)
         row, order = row.sort(1)
         # In double precision, as they are told: in the order of single precision two may have changed places.
         exact = self._exact(queries, self._take(row.flatten(), blocks).view(*row.shape, -1))
@@ -271,6 +271,21 @@ class Gallery:
             mean = total / torch.bincount(self.labels, minlength=len(self.names))[:, None]
             self._prototypes = self.distance.maybe_normalize(mean).float()
         return self._prototypes
+
+
+def _merged(best: Tensor, row: Tensor, found: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The best [Q, w] scores and their rows, after a look at more of them: (query, score, row) of each that was found."""
+    if not found:
+        return best, row
+    query, score, place = (torch.cat(parts) for parts in zip(*found, strict=True))
+    query, order = query.sort(stable=True)
+    counts = torch.bincount(query, minlength=len(best))
+    which = torch.arange(len(query)) - (counts.cumsum(0) - counts)[query]
+    scores = torch.full((len(best), int(counts.max())), -torch.inf)
+    rows = torch.zeros_like(scores, dtype=torch.int64)
+    scores[query, which], rows[query, which] = score[order], place[order]
+    best, order = torch.cat([best, scores], 1).topk(best.shape[1])
+    return best, torch.cat([row, rows], 1).gather(1, order)
 
 
 @torch.no_grad()
