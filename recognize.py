@@ -65,10 +65,12 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     def command(run, text: str, *places: tuple[str, str | None], model: bool = False) -> argparse.ArgumentParser:
+        """Of a model, or of a gallery, which brings its own."""
         one = commands.add_parser(run.__name__, help=text, description=text)
         for place, number in places:
             one.add_argument(place, nargs=number, metavar=place.upper())
-        one.add_argument("--model", required=model, help="a checkpoint, a bundle or a gallery")
+        if model or run is enrol:
+            one.add_argument("--model", required=model, help="a checkpoint, a bundle or a gallery")
         if not model:
             one.add_argument("--qdrant", metavar="PLACE", help="where the references are: the URL of a server, or a folder")
         one.add_argument("--trust", action="append", default=[], metavar="PACKAGE", help="its classes may be named by the files")
@@ -120,7 +122,7 @@ def enrol(options) -> int:
     if not Path(options.gallery).absolute().parent.is_dir():
         raise Refused(f"{options.gallery}: there is no such folder")
     found = collect(people, options.inputs, options.label or True)
-    embeddings, unreadable = embedded(people, found)
+    embeddings, names, unreadable = embedded(people, found)
     if unreadable:
         name, why = unreadable[0]
         more = f" (and {len(unreadable) - 1} more)" if len(unreadable) > 1 else ""
@@ -130,7 +132,7 @@ def enrol(options) -> int:
         say(f"{options.qdrant} holds {before:,} references of this model for {Path(options.gallery).stem} already: they stay")
     if options.qdrant:  # first: so that whatever stops it, the same command goes on
         people.save(options.gallery)
-    people.gallery.add(found.labels, embeddings, found.names)
+    people.gallery.add(found.labels, embeddings, names)
     people.save(options.gallery)
     classes = people.gallery.classes()
     told = {"enrolled": len(found.items), "replaced": before + len(found.items) - len(people.gallery), "references": len(people.gallery)}
@@ -143,14 +145,13 @@ def enrol(options) -> int:
 def identify(options) -> int:
     people = opened(options)
     found = collect(people, options.inputs)
-    embeddings, unreadable = embedded(people, found)
+    embeddings, names, unreadable = embedded(people, found)
     limit = {"threshold": options.threshold, "false_alarms": options.false_alarms}
     answers = people.identify(embeddings, options.k, margin=options.margin, rule=options.rule, **limit) if len(embeddings) else []
     threshold = people.threshold_for(options.false_alarms, options.rule) if options.threshold is None else options.threshold
     expected = people.false_alarms_at(threshold, options.rule)
     seen = {match.label for answer in answers for match in answer.matches[:2]}
     triage = people.triage(sorted(seen), threshold)
-    names = [name for name in found.names if name not in dict(unreadable)]
     lines = [
         {"sample": name, "label": answer.label, "reason": answer.reason, "matches": [match._asdict() for match in answer.matches]}
         for name, answer in zip(names, answers, strict=True)
@@ -232,8 +233,7 @@ def duplicates(options) -> int:
         raise Refused("this model was saved without a threshold: say --threshold SCORE")
     threshold = decision.threshold if threshold is None else threshold
     found = collect(people, options.inputs)
-    embeddings, unreadable = embedded(people, found)
-    names = [name for name in found.names if name not in dict(unreadable)]
+    embeddings, names, unreadable = embedded(people, found)
     rows, score = pairs_above(people.gallery.distance, embeddings, threshold)
     probable = decision.probability(score).tolist() if decision else [None] * len(score)
     partial = Path(f"{options.output}.{os.getpid()}.part")
@@ -293,7 +293,7 @@ def export(options) -> int:
     if failed:
         place, why = next(iter(failed.items()))
         raise Refused(f"{found.names[place]}: {why}")
-    done = write(people.model.cpu(), options.output, inputs)
+    done = write(people.model, options.output, inputs)
     told = {"output": options.output, "samples": len(inputs), "difference": done.difference, **done.metadata}
     tell(options, told, "\n".join(done.lines))
     return 0
@@ -342,16 +342,18 @@ def _threshold(people, options) -> float | None:
 
 
 def embedded(people, found: Items):
-    """(float [N, D] of the inputs that can be read, (name, why) of the others)."""
+    """(float [N, D] of the inputs that can be read, their names, and (name, why) of the others)."""
     import torch
 
-    parts, unreadable = [], []
+    parts, names, unreadable = [], [], []
     with progress(len(found.items), "embedding") as advance:
         for start, embeddings, failed in people.stream(found.items):
             parts.append(embeddings)
-            unreadable += [(found.names[start + place], why) for place, why in failed.items()]
-            advance(len(embeddings) + len(failed))
-    return torch.cat(parts), unreadable
+            chunk = found.names[start : start + len(embeddings) + len(failed)]
+            names += [name for place, name in enumerate(chunk) if place not in failed]
+            unreadable += [(chunk[place], why) for place, why in failed.items()]
+            advance(len(chunk))
+    return torch.cat(parts), names, unreadable
 
 
 def collect(people, inputs: list[str], labelled: bool | str = False) -> Items:
@@ -362,7 +364,10 @@ def collect(people, inputs: list[str], labelled: bool | str = False) -> Items:
     """
     if people.model.reader is None:
         raise Refused("this model's data set does not say how a file becomes an input: use siamese.recognition.Recognizer from Python")
-    kind, columns = people.model.reader.kind, people.model.config.get("dataset", {})
+    from siamese.recognition import name_of, written_out
+
+    kind, columns = people.model.reader.kind, people.model.config.get("dataset")
+    columns = {name: value for name, value in (columns if isinstance(columns, dict) else {}).items() if isinstance(value, str)}
     gather = {"images": _images, "texts": _texts, "rows": _rows}[kind]
     found = Items([], [], [])
     for place in inputs:
@@ -370,8 +375,8 @@ def collect(people, inputs: list[str], labelled: bool | str = False) -> Items:
             if labelled and not (label or isinstance(labelled, str)):
                 raise Refused(f"{place} has no class: say --as CLASS, or give a folder of class folders or a table with a column label")
             found.items.append(item)
-            found.names.append(name)
-            found.labels.append(labelled if isinstance(labelled, str) else label)
+            found.names.append(name_of(name))
+            found.labels.append(written_out(labelled if isinstance(labelled, str) else label))
     if not found.items:
         raise Refused(f"{', '.join(inputs)}: there is nothing to read")
     return found
@@ -404,10 +409,13 @@ def _texts(place: str, labelled: bool, columns: dict):
         for row, entries in rows(path, (text, label) if labelled else (text,), (label,))[0]:
             yield entries[text], f"{place}, row {row}", entries[label]
     elif path.suffix.lower() == ".txt":
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError:
+            raise Refused(f"{place} is no UTF-8: save it as UTF-8") from None
         yield from ((line, f"{place}, line {row}", "") for row, line in enumerate(lines, 1) if line.strip())
     else:
-        yield place, place[:200], ""
+        yield place, place, ""
 
 
 def _rows(place: str, labelled: bool, columns: dict):
@@ -437,7 +445,7 @@ def progress(total: int, what: str):
 
 
 def tell(options, told: dict, text: str = "") -> None:
-    print(json.dumps(told, ensure_ascii=False) if options.json else "\n".join(map(printable, text.split("\n"))), flush=True)
+    print(json.dumps(told) if options.json else "\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def say(text: str) -> None:

@@ -28,6 +28,7 @@ from pytorch_metric_learning.distances import CosineSimilarity
 from torch.nn.functional import normalize
 
 from siamese.bundle import Bundle
+from siamese.data.samples import Samples
 from siamese.gallery import Gallery
 from siamese.protocols import identify
 from siamese.recognition import Recognizer
@@ -153,8 +154,10 @@ def killed(count: int = 6_000) -> list[dict]:
 
 def characters() -> list[dict]:
     """Omniglot's 20 evaluation alphabets, by a network trained on the background set."""
+    from siamese.config import build, compose
+
     model, figures = trained("experiment=omniglot_semihard")
-    return recognised("omniglot", model, figures, "drawings")
+    return recognised("omniglot", model, figures, build(compose(["dataset=omniglot"]), "dataset").split("test"))
 
 
 def intents(encoder: str | None) -> list[dict]:
@@ -165,16 +168,11 @@ def intents(encoder: str | None) -> list[dict]:
     text = ["dataset=clinc150", "encoder=transformer", "augmentation=none", "encoder.max_length=48", *mine]
     model, figures = trained(*text, "trainer.max_epochs=1")
     source = build(compose(text), "dataset")
-    strangers = source.official("oos_test")
-    return recognised("clinc150", model, figures, "questions", source.split("test"), strangers)
+    return recognised("clinc150", model, figures, source.split("test"), source.official("oos_test"))
 
 
-def recognised(name: str, model: Bundle, figures: dict[str, float], what: str, samples=None, strangers=None) -> list[dict]:
+def recognised(name: str, model: Bundle, figures: dict[str, float], samples: Samples, strangers: Samples | None = None) -> list[dict]:
     """Rates of identification with one example enrolled, of strangers refused, and of the verification that validation has promised."""
-    if samples is None:
-        from siamese.config import build, compose
-
-        samples = build(compose(["dataset=omniglot"]), "dataset").split("test")
     embeddings, labels = model.embed(samples.inputs), samples.labels
     classes = int(labels.max()) + 1
     others = None if strangers is None else model.embed(strangers.inputs)

@@ -58,7 +58,7 @@ def write(
     path = Path(path)
     parts = path.with_name(f"{path.name}.parts")
     head = json.dumps({"model": recognizer.fingerprint, "items": _digest(items, names), "chunk": recognizer.chunk})
-    if (parts / "head.json").is_file() and (parts / "head.json").read_text() != head:
+    if parts.is_dir() and not ((parts / "head.json").is_file() and (parts / "head.json").read_text() == head):
         say(f"{parts} is of another model, or of other files: it is begun anew")
         shutil.rmtree(parts)
     parts.mkdir(exist_ok=True)

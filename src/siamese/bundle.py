@@ -147,6 +147,8 @@ class Bundle(nn.Module):
             ValueError: they make no model, or name a class that is not trusted.
         """
         try:
+            if not isinstance(saved["config"], dict):
+                raise ValueError("its configuration is none")
             parts = dict(saved["parts"])
             if "pretrained" in parts["encoder"]:
                 parts["encoder"] = {**parts["encoder"], "pretrained": False}

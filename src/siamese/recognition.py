@@ -34,7 +34,7 @@ from siamese.gallery import Gallery, Match
 
 _CHUNK, _NUMBERS = 512, 2**24  # inputs that are read and embedded together, of at most so many numbers
 _ROUNDING = 2**-20  # of a score: what the same input differs by when it is embedded among others
-_LONG = 200  # letters of a text that stand for it
+_LONG = 200  # letters of a name
 _DAMAGED = (safetensors.SafetensorError, KeyError, TypeError, ValueError, RecursionError)
 
 
@@ -431,14 +431,20 @@ class Recognizer:
 
 
 def name_of(item: Any) -> str:
-    """What stands for an input: its path, the beginning of its text, else a digest of what it holds."""
+    """What stands for an input: its path, its text, of a long one the beginning and a digest, else a digest of what it holds."""
     if isinstance(item, str | os.PathLike):
-        return os.fspath(item)[:_LONG]
+        name = written_out(os.fspath(item))
+        return name if len(name) <= _LONG else f"{name[: _LONG - 20]}... {hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
     if isinstance(item, Tensor):
         content = item.contiguous().cpu().flatten().view(torch.uint8).numpy().tobytes()
     else:
         content = item if isinstance(item, bytes) else item.tobytes() if hasattr(item, "tobytes") else repr(item).encode()
     return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def written_out(text: str) -> str:
+    """A text as it is; bytes of a file's name that are none, which Python keeps as halves of letters, as \\udcff."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _listed(inputs) -> list:

@@ -127,6 +127,8 @@ def test_rows_are_read_as_their_table(tmp_path):
         (ImageReader, {"size": 8, "channels": 4}),
         (ImageReader, {"size": 8, "fit": "x"}),
         (ImageReader, {"size": 8, "channels": 3, "ink": True}),
+        (TextReader, {"max_bytes": "9"}),
+        (TextReader, {"max_bytes": 0}),
         (RowReader, {"columns": {}}),
         (RowReader, {"columns": []}),
         (RowReader, {"columns": {"a": "mean"}}),

@@ -71,6 +71,8 @@ class TextReader(Reader):
     kind = "texts"
 
     def __init__(self, max_bytes: int):
+        if not isinstance(max_bytes, int) or max_bytes < 1:
+            raise ValueError(f"max_bytes={max_bytes} is no length of a text")
         self.max_bytes = max_bytes
 
     def read(self, items: list[str]) -> tuple[Tensor, dict[int, str]]:
@@ -140,7 +142,7 @@ def _number(text: str, name: str, mean: float) -> float:
     if text.lower() in EMPTY:
         return mean
     if not is_number(text):
-        raise ValueError(f"{name} is a column of numbers in training, but has {text!r}: mend it, or say dataset.categories=[{name}]")
+        raise ValueError(f"{name} is a column of numbers in training, but has {text!r}: mend it, or train with dataset.categories=[{name}]")
     return float(text)
 
 
