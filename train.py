@@ -85,7 +85,7 @@ def train(config: dict) -> dict[str, float]:
         model = Bundle.load(best, trust=trust)
         results = {**untrained, **judging.judge(model, data, config["test"], goal)}
         model.save(out / "bundle.safetensors")
-        CarefulCheckpointIO().save_checkpoint({**load_checkpoint(best), "decision": model.decision.plain()}, best)
+        CarefulCheckpointIO().save_checkpoint({**load_checkpoint(best), "decision": model.decision and model.decision.plain()}, best)
         seconds["evaluate"] += time.perf_counter() - started
         metrics = record.write(out, results, seconds)
         if wandb_logger is not None:
@@ -137,6 +137,11 @@ def assemble(config: dict):
     with as_input_error("threshold"):
         judging.check_goal(config["threshold"], data.val)
     splits, out = {"val": data.val, **({"test": data.test} if config["test"] else {})}, Path(config["paths"]["output_dir"])
+    if data.source.trained_on:
+        splits.pop("val")
+        if not splits:
+            raise InputError("dataset.validation=0 trains on the validation classes too, and test=false leaves no others to be judged")
+        log.warning("the validation classes are trained on too: no threshold is fitted, and the best checkpoint goes by known classes")
     with as_input_error("check"):
         checking.check({"train": data.train, **splits}, data.source.findings(), out, config["check"])
     with as_input_error("leakage"):

@@ -274,7 +274,7 @@ KNOBS = {
         "dataset.path=src": lambda dataset: (dataset.path, Path("src")),
         "dataset.background=small2": lambda dataset: (dataset.background, "small2"),
         "dataset.size=37": lambda dataset: (dataset.size, 37),
-        "dataset.validation_alphabets=3": lambda dataset: (dataset.validation_alphabets, 3),
+        "dataset.validation=3": lambda dataset: (dataset.validation, 3),
         "dataset.rotated_classes=true": lambda dataset: (dataset.rotated_classes, True),
     },
     "dataset=cub200 dataset.path=conf": {

@@ -113,7 +113,7 @@ RAISED = [
     ("loss=triplet +loss.margn=1", ["loss.margn", "TripletMarginLoss", "did you mean margin"]),
     ("+optimizer.learning_rate=1", ["optimizer.learning_rate", "AdamW"]),
     ("+trainer.max_epoch=1", ["trainer.max_epoch", "did you mean max_epochs"]),
-    ("+dataset.alphabets=1", ["dataset.alphabets", "did you mean validation_alphabets"]),
+    ("+dataset.alphabets=1", ["dataset.alphabets", "did you mean validation"]),
     ("optimizer.lr=-1", ["optimizer", "-1"]),
     ("dataset.background=small3", ["dataset", "small3", "small1"]),
     ("dataset.size=4", ["encoder", "8 x 8", "4 x 4"]),

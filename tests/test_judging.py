@@ -46,7 +46,9 @@ class Patterns(Source):
 class WithRuns(Patterns):
     """Supports come in another order than the labels: an answer is found by label, not by row."""
 
-    def oneshot_runs(self) -> list[tuple[Samples, Samples]]:
+    def oneshot_runs(self, split: str = "test") -> list[tuple[Samples, Samples]]:
+        if split != "test":
+            return []
         if not self.tested:
             raise AssertionError("the runs of the test split were touched")
         runs = []
@@ -196,6 +198,18 @@ def test_official_runs_are_judged_where_the_source_has_them(model):
     assert results["test"].figures["omniglot_error"] == pytest.approx(100 * wrong / total)
     assert "omniglot_error" not in results["val"].figures
     assert "omniglot_error" not in judging.judge(model, data(Patterns()))["test"].figures
+
+
+def test_what_goes_by_validation_is_left_out_where_its_classes_are_trained_on(model):
+    source = Patterns()
+    whole = judging.judge(model, data(source))["test"].figures
+    source.trained_on = ("val",)
+    results = judging.judge(model, data(source))
+    assert list(results) == ["test"]
+    assert whole.keys() - results["test"].figures.keys() == {"threshold", "accuracy", "far", "frr", "calibration_error"}
+    assert all(whole[name] == value for name, value in results["test"].figures.items())
+    assert "accuracy" in results["test"].notes[-1]
+    assert model.decision is None
 
 
 def test_the_raw_row_is_that_of_the_pixels(model):

@@ -14,24 +14,35 @@ from siamese.evaluation import EvaluationResult, evaluate, evaluate_tuples
 from siamese.protocols import oneshot_error
 
 log = logging.getLogger(__name__)
+_FITTED = ("threshold", "accuracy", "far", "frr", "calibration_error", "f1", "f1_threshold")
 
 
 def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error") -> dict[str, EvaluationResult]:
     """`val`, and with `test` also `test`, whose accuracy uses the threshold that was fitted on `val`.
 
+    Where `val` is of classes that are trained on, neither it is given nor what goes by its threshold.
+
     Args:
-        model: its decision is set to the one fitted on validation.
+        model: its decision is set to the one fitted on validation, or to None.
         data: has `val`, `test` and `source`, as `SiameseData` does.
         test: False never touches the test split.
         goal: of the threshold, see `siamese.decision.goal_rate`.
     """
     results = {"val": judge_samples(model, data.val, None, goal=goal)}
-    model.decision = Decision.of(goal, results["val"])
+    decision, known = Decision.of(goal, results["val"]), "val" in data.source.trained_on
     if test:
-        results["test"] = judge_samples(model, data.test, model.decision, results["val"].figures.get("f1_threshold"))
-        runs = [_embed_run(model, *run) for run in data.source.oneshot_runs()]
+        results["test"] = judge_samples(model, data.test, decision, results["val"].figures.get("f1_threshold"))
+    for split, result in results.items():
+        runs = [_embed_run(model, *run) for run in data.source.oneshot_runs(split)]
         if runs:
-            results["test"].figures["omniglot_error"] = oneshot_error(runs, model.distance)
+            result.figures["omniglot_error"] = oneshot_error(runs, model.distance)
+    if known:
+        decision = None
+        del results["val"]
+    for result in results.values() if known else ():
+        fitted = [name for name in _FITTED if result.figures.pop(name, None) is not None]
+        result.notes.append(f"{', '.join(fitted)} are left out: they go by validation, whose classes are trained on in this run")
+    model.decision = decision
     return results
 
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from siamese.data.omniglot import Omniglot
+from siamese.data.omniglot import _HELD_OUT, Omniglot
+from siamese.data.samples import Samples
 
 ALPHABETS = ["Aleph", "Bet", "Gimel", "Dalet", "He", "Vav"]
 DRAWINGS = 3
@@ -81,7 +82,7 @@ def alphabets(samples) -> set[str]:
 
 
 def test_splits(tree):
-    source = Omniglot(tree, validation_alphabets=2)
+    source = Omniglot(tree, validation=2)
     train, val, test = (source.split(name) for name in ("train", "val", "test"))
     assert [len(samples) for samples in (train, val, test)] == [4 * 2 * DRAWINGS, 2 * 2 * DRAWINGS, 2 * 2 * DRAWINGS]
     assert alphabets(train) | alphabets(val) == set(ALPHABETS)
@@ -97,7 +98,7 @@ def test_splits(tree):
 
 
 def test_pixels_belong_to_their_id(tree):
-    samples = Omniglot(tree, size=105, validation_alphabets=2).split("train")
+    samples = Omniglot(tree, size=105, validation=2).split("train")
     for image, name in zip(samples.inputs, samples.ids, strict=True):
         ink = ~np.asarray(drawing(int(Path(name).stem.split("_")[0])))
         assert np.array_equal(image[0].numpy(), 255 * ink)
@@ -123,13 +124,13 @@ def test_reduced_by_area(tree, size):
 
 def test_the_same_split_whatever_the_seed_and_the_packing(tree):
     torch.manual_seed(1)
-    first = Omniglot(tree, validation_alphabets=2).split("val")
+    first = Omniglot(tree, validation=2).split("val")
     torch.manual_seed(2)
-    assert Omniglot(tree, validation_alphabets=2).split("val").fingerprint() == first.fingerprint()
+    assert Omniglot(tree, validation=2).split("val").fingerprint() == first.fingerprint()
     assert alphabets(first) == {"Dalet", "Vav"}  # written down, so that no change moves the split unseen
 
 
-def test_default_validation_alphabets(tree):
+def test_default_validation(tree):
     assert len(alphabets(Omniglot(tree).split("val"))) == 5
     assert len(alphabets(Omniglot(tree, background="small1").split("val"))) == 1
 
@@ -153,7 +154,7 @@ def test_a_split_is_decoded_once_and_alone(tree, monkeypatch):
     opened = []
     original = Image.open
     monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(1) or original(*args, **kwargs))
-    source = Omniglot(tree, validation_alphabets=2)
+    source = Omniglot(tree, validation=2)
     for name, drawings in (("val", 2 * 2 * DRAWINGS), ("train", 6 * 2 * DRAWINGS), ("val", 6 * 2 * DRAWINGS)):
         source.split(name)
         assert len(opened) == drawings
@@ -188,10 +189,77 @@ def test_windows_separators_and_line_ends(tree):
     assert [queries.labels.tolist() for queries, _ in Omniglot(tree).oneshot_runs()] == [[2, 0, 1], [1, 2, 0]]
 
 
-@pytest.mark.parametrize("number", [-1, 0, 6, 7])
-def test_validation_alphabets_leave_neither_side_empty(tree, number):
-    with pytest.raises(ValueError, match=f"validation_alphabets={number}: .* 6 alphabets"):
-        Omniglot(tree, validation_alphabets=number).split("train")
+@pytest.mark.parametrize("number", [6, 7])
+def test_validation_leaves_neither_side_empty(tree, number):
+    with pytest.raises(ValueError, match=f"validation={number}: .* 6 alphabets"):
+        Omniglot(tree, validation=number).split("train")
+
+
+@pytest.mark.parametrize(("background", "given"), [("full", -1), ("full", True), ("full", 0.5), ("full", "others"), ("small1", "other")])
+def test_a_validation_that_is_none(tmp_path, background, given):
+    with pytest.raises(ValueError, match=f"validation={given}: .* takes a number"):
+        Omniglot(tmp_path, background=background, validation=given)
+
+
+def test_all_alphabets_are_trained_on_for_a_last_run(tree):
+    source = Omniglot(tree, validation=0)
+    train, val = source.split("train"), source.split("val")
+    assert alphabets(train) == set(ALPHABETS)
+    assert val.class_names == Omniglot(tree).split("val").class_names
+    assert source.trained_on == ("val",)
+    assert source.oneshot_runs("val") == []
+    assert Omniglot(tree).trained_on == ()
+
+
+def test_validation_by_the_alphabets_that_a_reduced_background_lacks(tree):
+    source = Omniglot(tree, background="small1", validation="others")
+    assert alphabets(source.split("train")) == {"Bet", "He"}
+    assert alphabets(source.split("val")) == {"Aleph", "Gimel", "Dalet", "Vav"}
+    assert alphabets(source.split("test")) == {"Het", "Zayin"}
+
+
+def test_characters_of_all_alphabets(tree, monkeypatch):
+    monkeypatch.setattr("siamese.data.omniglot._TRAINED_ON", 11)
+    monkeypatch.setitem(_HELD_OUT, "characters", 3)
+    source = Omniglot(tree, background="characters", validation=3)
+    names = [set(source.split(split).class_names) for split in ("train", "val", "test")]
+    assert [len(part) for part in names] == [8, 3, 5]
+    assert len(set.union(*names)) == 16, "each character is in one split"
+    assert [len(source.split(split)) for split in ("train", "val", "test")] == [8 * DRAWINGS, 3 * DRAWINGS, 5 * DRAWINGS]
+    everything = Omniglot(tree, background="characters", validation=0).split("train")
+    assert set(everything.class_names) == names[0] | names[1]
+    assert source.oneshot_runs() == [], "their alphabets are trained on"
+    for name in ("train", "test"):
+        samples = source.split(name)
+        for image, where in zip(samples.inputs, samples.ids, strict=True):
+            ink = torch.from_numpy(255.0 * ~np.asarray(drawing(int(Path(where).stem.split("_")[0]))))
+            assert torch.equal(image[0], torch.nn.functional.interpolate(ink[None, None], (32, 32), mode="area")[0, 0].round().byte())
+    with pytest.raises(ValueError, match=r"validation=11: .* 11 characters"):
+        Omniglot(tree, background="characters", validation=11).split("train")
+
+
+def test_runs_of_validation_are_made_as_the_official_ones():
+    people = [f"{person:02d}" for person in range(1, 5)]
+    names = [f"{alphabet}/character{number:02d}" for alphabet, count in (("Big", 23), ("Small", 19)) for number in range(1, count + 1)]
+    ids = [f"images_background/{name}/{7 * row:04d}_{person}.png" for row, name in enumerate(names) for person in people]
+    inputs = torch.arange(len(ids)).view(-1, 1, 1, 1)
+    samples = Samples(inputs, torch.arange(len(names)).repeat_interleave(4), names, ids)
+    runs = list(Omniglot._drawn_runs(samples))
+    assert len(runs) == 10, "of the alphabet that has twenty characters"
+    pairs = set()
+    for queries, supports in runs:
+        assert queries.labels.tolist() == supports.labels.tolist() == list(range(20))
+        assert len(set(queries.class_names)) == 20
+        for side in (queries, supports):
+            assert [samples.class_names[samples.labels[row]] for row in side.inputs.flatten()] == queries.class_names
+            assert [samples.ids[row] for row in side.inputs.flatten()] == side.ids
+        of = [{name[-6:-4] for name in side.ids} for side in (queries, supports)]
+        assert len(of[0]) == len(of[1]) == 1, "a side is of one person"
+        assert of[0] != of[1]
+        pairs.add((*of[0], *of[1]))
+    assert len(pairs) > 3
+    again = list(Omniglot._drawn_runs(samples))
+    assert all(torch.equal(one[0].inputs, other[0].inputs) for one, other in zip(runs, again, strict=True))
 
 
 def test_unknown_names(tmp_path):
@@ -285,6 +353,19 @@ def test_real_small(folder, background, classes):
     assert len(train) + len(val) == 20 * classes
     assert [len(alphabets(samples)) for samples in (train, val)] == [4, 1]
     assert not alphabets(train) & alphabets(val)
+
+
+def test_real_characters(folder):
+    source = Omniglot(folder, background="characters")
+    assert [len(source.split(name).class_names) for name in ("train", "val", "test")] == [1100, 100, 423]
+    assert [len(source.split(name)) for name in ("train", "val", "test")] == [22_000, 2_000, 8_460]
+
+
+def test_real_runs_of_validation(folder):
+    runs = Omniglot(folder, background="small1", validation="others").oneshot_runs("val")
+    assert len(runs) == 210  # 21 of the 25 alphabets have twenty characters
+    for queries, supports in runs:
+        assert (queries.inputs != supports.inputs).flatten(1).any(1).all()
 
 
 def test_real_pixels(folder, full):

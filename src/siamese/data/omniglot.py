@@ -2,12 +2,13 @@
 
 Lake, Salakhutdinov, Tenenbaum, "Human-level concept learning through probabilistic program induction", Science 2015,
 doi 10.1126/science.aab3050. The background set is for training and validation, the evaluation set is the test; every
-split has alphabets of its own.
+split has alphabets of its own, but for `background="characters"`.
 """
 
 import io
 import zipfile
 import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -18,7 +19,16 @@ from torch.nn.functional import interpolate
 
 from siamese.data.samples import Samples, Source
 
-BACKGROUNDS = {"full": "images_background", "small1": "images_background_small1", "small2": "images_background_small2"}
+BACKGROUNDS = {
+    "full": ("images_background",),
+    "small1": ("images_background_small1",),
+    "small2": ("images_background_small2",),
+    "characters": ("images_background", "images_evaluation"),
+}
+# Held out where `validation` is not said: alphabets, of "characters" characters.
+_HELD_OUT = {"full": 5, "small1": 1, "small2": 1, "characters": 100}
+_TRAINED_ON = 1_200  # characters of the 1,623
+_RUNS = 10  # of each alphabet of validation
 _SIDE = 105  # pixels, of every drawing in the authors' files
 _REMEDY = "run `python scripts/download.py omniglot`"
 
@@ -31,15 +41,18 @@ class Omniglot(Source):
     Args:
         path: the folder with the authors' zips, which are read in place; an unpacked folder `X` may stand for `X.zip`.
         background: "full" (30 alphabets, 964 characters), or one of the authors' reduced sets of 5 alphabets, "small1"
-            (136 characters) and "small2" (156).
+            (136 characters) and "small2" (156). "characters" is another task: 1,200 characters of all 50 alphabets, drawn by a
+            constant seed, are the background, the other 423 the test (Vinyals et al. 2016, arXiv:1606.04080).
         size: height and width of an image, in pixels.
-        validation_alphabets: how many alphabets are taken out of the background for validation, 5 of "full" and 1 of a
-            reduced set if None. They are drawn with a constant seed: a run's seed never changes the split.
+        validation: how many alphabets (of "characters": characters) are taken out of the background for validation; 5 of "full",
+            1 of a reduced set, 100 characters if None. They are drawn with a constant seed: a run's seed never changes the split.
+            "others", of a reduced set, is all alphabets of the full background that it lacks. 0 takes none out, for a last run with
+            all of them: what is called validation then are as many as usual of those that are trained on.
         rotated_classes: in the training split every class also counts, turned by 90, 180 and 270 degrees
             counter-clockwise, as three more (Santoro et al., "Meta-learning with memory-augmented neural networks", 2016).
 
     Raises:
-        ValueError: for an unknown background or split, validation alphabets that leave a split empty, a damaged file.
+        ValueError: for an unknown background or split, a validation that leaves a split empty, a damaged file.
         FileNotFoundError: when a split is asked for whose file is missing.
     """
 
@@ -48,15 +61,21 @@ class Omniglot(Source):
         path: str | Path,
         background: str = "full",
         size: int = 32,
-        validation_alphabets: int | None = None,
+        validation: int | str | None = None,
         rotated_classes: bool = False,
     ):
         if background not in BACKGROUNDS:
             raise ValueError(f"background={background!r}: choose one of {', '.join(BACKGROUNDS)}")
-        if validation_alphabets is None:
-            validation_alphabets = 5 if background == "full" else 1
+        if validation is None:
+            validation = _HELD_OUT[background]
+        reduced = background.startswith("small")
+        counted = isinstance(validation, int) and not isinstance(validation, bool) and validation >= 0
+        if not counted and not (reduced and validation == "others"):
+            others = ", or others" if reduced else ""
+            raise ValueError(f"validation={validation}: background={background} takes a number, 0 for none held out{others}")
         self.path, self.background, self.size = Path(path), background, size
-        self.validation_alphabets, self.rotated_classes = validation_alphabets, rotated_classes
+        self.validation, self.rotated_classes = validation, rotated_classes
+        self.trained_on = ("val",) if validation == 0 else ()
         self._splits: dict[str, Samples] = {}
 
     def split(self, name: str) -> Samples:
@@ -70,11 +89,17 @@ class Omniglot(Source):
     def reading(self) -> dict:
         return {"_target_": "siamese.data.reading.ImageReader", "size": self.size, "channels": 1, "ink": True}
 
-    def oneshot_runs(self) -> list[tuple[Samples, Samples]]:
-        """The authors' 20 runs of 20-way one-shot classification within an alphabet, as (queries, supports).
+    def oneshot_runs(self, split: str = "test") -> list[tuple[Samples, Samples]]:
+        """20-way one-shot classification within an alphabet, as (queries, supports): the authors' 20 runs, or such runs of validation.
 
-        Both have 20 images; label i is the class of the i-th training image, whose one example stands at supports[i].
+        Both have 20 images; label i is the class of the i-th training image, whose one example stands at supports[i]. Validation's
+        are drawn by a constant seed, 10 of each alphabet that has 20 characters: supports are drawings of one person, queries of another.
+        There are none where characters, or alphabets, that are asked about are trained on.
         """
+        if self.background == "characters" or split in self.trained_on:
+            return []
+        if split == "val":
+            return list(self._drawn_runs(self.split("val")))
         archive = _Archive(self.path, "all_runs")
         runs = []
         for table in sorted(key for key in archive.keys if key.endswith("/class_labels.txt")):
@@ -92,18 +117,32 @@ class Omniglot(Source):
             raise ValueError(f"{archive.path} holds no runNN/class_labels.txt: delete it and {_REMEDY}")
         return runs
 
+    @staticmethod
+    def _drawn_runs(samples: Samples) -> Iterator[tuple[Samples, Samples]]:
+        draw = np.random.default_rng(0)
+        people: dict[str, dict[str, int]] = {}  # of each character, who has drawn which row: people number their drawings alike
+        for row, name in enumerate(samples.ids):
+            people.setdefault(samples.class_names[samples.labels[row]], {})[PurePosixPath(name).stem.rpartition("_")[2]] = row
+        for alphabet in sorted({name.split("/")[0] for name in people}):
+            characters = [name for name in sorted(people) if name.startswith(f"{alphabet}/")]
+            for _ in range(_RUNS if len(characters) >= 20 else 0):
+                asked = draw.choice(characters, 20, replace=False).tolist()
+                both = sorted(set.intersection(*(set(people[name]) for name in asked)))
+                if len(both) < 2:
+                    continue
+                yield tuple(
+                    Samples(samples.inputs[rows], torch.arange(20), asked, [samples.ids[row] for row in rows])
+                    for rows in ([people[name][person] for name in asked] for person in draw.choice(both, 2, replace=False).tolist())
+                )
+
     def _load(self, name: str) -> Samples:
-        archive = _Archive(self.path, "images_evaluation" if name == "test" else BACKGROUNDS[self.background])
-        keys = sorted(key for key in archive.keys if key.endswith(".png") and key.count("/") == 2)
-        if not keys:
-            raise ValueError(f"{archive.path} holds no alphabet/character/drawing.png: delete it and {_REMEDY}")
-        if name != "test":
-            held_out = self._held_out(sorted({key.split("/")[0] for key in keys}))
-            keys = [key for key in keys if (key.split("/")[0] in held_out) == (name == "val")]
-        classes = [key.rpartition("/")[0] for key in keys]
+        inputs, ids, classes = [], [], []
+        for archive, keys in self._keys(name):
+            inputs.append(self._images(archive, keys))
+            ids += [f"{archive.name}/{key}" for key in keys]
+            classes += [key.rpartition("/")[0] for key in keys]
         names, labels = np.unique(classes, return_inverse=True)
-        inputs, labels, names = self._images(archive, keys), torch.from_numpy(labels), names.tolist()
-        ids = [f"{archive.name}/{key}" for key in keys]
+        inputs, labels, names = torch.cat(inputs), torch.from_numpy(labels), names.tolist()
         if name == "train" and self.rotated_classes:
             turns = ["", " rotated 90", " rotated 180", " rotated 270"]
             inputs = torch.cat([inputs.rot90(turn, (2, 3)) for turn in range(4)])
@@ -111,14 +150,48 @@ class Omniglot(Source):
             names, ids = ([text + turn for turn in turns for text in texts] for texts in (names, ids))
         return Samples(inputs, labels, names, ids)
 
-    def _held_out(self, alphabets: list[str]) -> set[str]:
-        if not 0 < self.validation_alphabets < len(alphabets):
+    def _keys(self, split: str) -> Iterator[tuple["_Archive", list[str]]]:
+        """Which drawings of which archive are a split's."""
+        names = BACKGROUNDS[self.background]
+        if self.background != "characters" and split == "test":
+            names = ("images_evaluation",)
+        if split == "val" and self.validation == "others":
+            names = BACKGROUNDS["full"]
+        archives = [_Archive(self.path, name) for name in names]
+        drawings = [[key for key in archive.keys if key.endswith(".png") and key.count("/") == 2] for archive in archives]
+        for archive, keys in zip(archives, drawings, strict=True):
+            if not keys:
+                raise ValueError(f"{archive.path} holds no alphabet/character/drawing.png: delete it and {_REMEDY}")
+        depth = 2 if self.background == "characters" else 1
+        unit = lambda key: "/".join(key.split("/")[:depth])  # noqa: E731
+        kept = self._units(split, sorted({unit(key) for keys in drawings for key in keys}))
+        for archive, keys in zip(archives, drawings, strict=True):
+            if chosen := sorted(key for key in keys if unit(key) in kept):
+                yield archive, chosen
+
+    def _units(self, split: str, units: list[str]) -> set[str]:
+        """Of these alphabets, or characters, those of a split."""
+        if self.background != "characters" and split == "test":
+            return set(units)
+        if self.validation == "others":
+            if split == "train":
+                return set(units)
+            own = _Archive(self.path, BACKGROUNDS[self.background][0])
+            return set(units) - {key.split("/")[0] for key in own.keys}
+        order = [units[place] for place in torch.randperm(len(units), generator=torch.Generator().manual_seed(0))]
+        if self.background == "characters":
+            if split == "test":
+                return set(order[_TRAINED_ON:])
+            order = order[:_TRAINED_ON]
+        held_out = self.validation or _HELD_OUT[self.background]
+        if held_out >= len(order):
+            kind = "characters" if self.background == "characters" else "alphabets"
             raise ValueError(
-                f"validation_alphabets={self.validation_alphabets}: training and validation need at least one each "
-                f"of the background's {len(alphabets)} alphabets"
+                f"validation={held_out}: training and validation need at least one each of the background's {len(order)} {kind}"
             )
-        order = torch.randperm(len(alphabets), generator=torch.Generator().manual_seed(0))
-        return {alphabets[place] for place in order[: self.validation_alphabets]}
+        if split == "val":
+            return set(order[:held_out])
+        return set(order[self.validation :])
 
     def _images(self, archive: "_Archive", keys: list[str]) -> Tensor:
         """[N, 1, size, size] uint8."""

@@ -181,7 +181,12 @@ class Finding(NamedTuple):
 
 
 class Source:
-    """A data set: gives its splits by name, each with classes of its own. Subclass it, write `split`, name it in a YAML."""
+    """A data set: gives its splits by name, each with classes of its own. Subclass it, write `split`, name it in a YAML.
+
+    trained_on: splits that are no others than training's, on purpose. What they seem to tell of new classes is left out.
+    """
+
+    trained_on: tuple[str, ...] = ()
 
     def split(self, name: str) -> Samples:
         """`name` is "train", "val" or "test"; only what is asked for is read."""
@@ -195,6 +200,6 @@ class Source:
         """What came to light while splits were read; none by default."""
         return []
 
-    def oneshot_runs(self) -> list[tuple[Samples, Samples]]:
-        """Official one-shot tasks of the test split, as (queries, supports) with equal labels; none by default."""
+    def oneshot_runs(self, split: str = "test") -> list[tuple[Samples, Samples]]:
+        """One-shot tasks of a split, the official ones of "test", as (queries, supports) with equal labels; none by default."""
         return []
