@@ -117,6 +117,7 @@ def assemble(config: dict):
     from siamese.bundle import Bundle
     from siamese.data import checking
     from siamese.data.module import SiameseData
+    from siamese.data.samples import Batch
     from siamese.evaluation import FIGURES, PAIR_FIGURES
     from siamese.frozen import frozen_tensors
     from siamese.losses import CrossBatchMemory
@@ -201,9 +202,14 @@ def assemble(config: dict):
         seed=config["seed"],
         config=config,
     )
-    if module.augmentation is not None:
-        with as_input_error("augmentation"):
-            module.augmentation(first.inputs[:2], torch.Generator())  # of inputs that it is not made for
+    with as_input_error("augmentation"):
+        module.augmented(Batch(first.inputs[:2], first.labels[:2]), torch.Generator())  # of inputs that it is not made for
+    by_class = any(sizes["num_classes"] in weights.shape for weights in loss.parameters())
+    if getattr(module.augmentation, "classwise", None) and (by_class or any(isinstance(m, CrossBatchMemory) for m in loss.modules())):
+        raise InputError(
+            f"augmentation.classwise makes other classes of each batch, loss={choices['loss']} remembers classes from batch to batch: "
+            "say augmentation.classwise=null, or take another loss"
+        )
     with as_input_error(f"loss={choices['loss']} with miner={choices['miner']}"):
         module.rehearse(first)
     with as_input_error("optimizer"):

@@ -39,7 +39,8 @@ class SiameseModule(L.LightningModule):
         loss: a pytorch-metric-learning loss; its own weights, if it has any, are trained and saved too.
         miner: a pytorch-metric-learning miner, or None.
         augmentation: `augmentation(inputs, generator)` on each training batch, or None; where several ranks share a batch,
-            `augmentation(inputs, generator, places, batch)`, as `siamese.data.augmentation.Augment` has it.
+            `augmentation(inputs, generator, places, batch)`; if it has something `classwise`, with `labels=` besides. All as
+            `siamese.data.augmentation.Augment` has it.
         optimizer: makes the optimizer from parameter groups.
         scheduler: makes the schedule, stepped after every batch, from the optimizer and those of `total_steps`, `T_max` and
             `max_lr` that it takes; or None.
@@ -162,10 +163,17 @@ class SiameseModule(L.LightningModule):
     def _entropy(self, *numbers: int) -> int:
         return int(np.random.SeedSequence([self.seed, self.current_epoch, *numbers]).generate_state(1, np.uint64)[0] >> 1)
 
+    def augmented(self, batch: Batch, generator: torch.Generator) -> Tensor:
+        """The batch's inputs as training sees them."""
+        if self.augmentation is None:
+            return batch.inputs
+        shared = () if batch.places is None else (batch.places, len(batch.labels))
+        classes = {"labels": batch.labels} if getattr(self.augmentation, "classwise", None) else {}
+        return self.augmentation(batch.inputs, generator, *shared, **classes)
+
     def _embedded(self, batch: Batch, generator: torch.Generator) -> Tensor:
         """[B, D] of the whole batch, whoever embeds its parts."""
-        shared = () if batch.places is None else (batch.places, len(batch.labels))
-        embeddings = self.model(batch.inputs if self.augmentation is None else self.augmentation(batch.inputs, generator, *shared))
+        embeddings = self.model(self.augmented(batch, generator))
         if batch.places is None:
             return embeddings
         return self.all_gather(embeddings, sync_grads=True).transpose(0, 1).flatten(0, 1)[: len(batch.labels)]  # they took turns

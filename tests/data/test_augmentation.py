@@ -345,3 +345,58 @@ def test_a_value_out_of_range_is_named(key, value):
 def test_inputs_that_are_no_images_are_named():
     with pytest.raises(ValueError, match=r"\[7, 20\]: say augmentation=none"):
         Augment(rotation=5)(torch.zeros(7, 20), generator())
+
+
+# --- what is drawn once for each class
+
+WARP = {**AFFINE, "rotation": 180.0, "elastic": 0.06, "crop": 0.5, "flip": 0.5}
+
+
+def test_samples_of_a_class_are_moved_alike_and_classes_apart():
+    images = blob(spread=(2.0, 5.0)).expand(12, 1, 32, 32)
+    labels = torch.tensor([7, 7, 3, 3, 7, 3, 9, 9, 9, 3, 7, 9])
+    moved = Augment(classwise=WARP)(images, generator(), labels=labels)
+    for label in (3, 7, 9):
+        of = moved[labels == label]
+        assert torch.equal(of, of[:1].expand_as(of))
+        assert (of[0] - moved[labels != label]).abs().amax((1, 2, 3)).min() > 0.05
+
+
+def test_one_sample_a_class_is_moved_as_any_sample_is():
+    images = letters(40)
+    other = generator(1)
+    Augment()(images, other)  # what is drawn for the samples comes first
+    expected = Augment(**WARP)(images, other)
+    torch.testing.assert_close(Augment(classwise=WARP)(images, generator(1), labels=torch.arange(40)), expected, atol=2e-3, rtol=0)
+
+
+def test_a_class_is_moved_before_its_samples_are():
+    """Twice sampled and once sampled agree on what has no sharp edges; the other way around they do not."""
+    images, labels = blob(64, 64, spread=(5.0, 9.0)).expand(32, 1, 64, 64), torch.arange(32)
+    first, then = {"rotation": 90.0, "shear": 0.5, "elastic": 0.05}, {"rotation": 40.0, "scale": 0.4, "shift": 0.1}
+    once = Augment(**then, classwise=first)(images, generator(2), labels=labels)
+    alone = Augment(classwise=first)(images, generator(2), labels=labels)
+    twice, reversed_ = (
+        Augment(**then)(alone, generator(2)),
+        Augment(classwise=first)(Augment(**then)(images, generator(2)), generator(2), labels=labels),
+    )
+    assert (once - twice).abs().mean() < 0.005
+    assert (once - reversed_).abs().mean() > 0.02
+
+
+def test_a_part_of_a_batch_is_moved_as_within_the_whole_by_class_too():
+    images, labels = letters(8), torch.arange(4).repeat_interleave(2)
+    whole = Augment(**EVERYTHING, classwise=WARP)(images, generator(), labels=labels)
+    places = torch.tensor([1, 3, 6])
+    part = Augment(**EVERYTHING, classwise=WARP)(images[places], generator(), places, 8, labels=labels)
+    torch.testing.assert_close(part, whole[places])
+
+
+def test_what_classwise_refuses():
+    with pytest.raises(ValueError, match=r"augmentation.classwise.erasing is not known: take some of rotation, .*flip, crop"):
+        Augment(classwise={"erasing": 0.5})
+    with pytest.raises(ValueError, match=r"augmentation.classwise.turn is not known"):
+        Augment(classwise={"turn": 0.5})
+    for labels in (None, torch.tensor([0, -1, 0, 0, 0, 0])):
+        with pytest.raises(ValueError, match="goes by labels"):
+            Augment(classwise={"rotation": 5})(letters(), generator(), labels=labels)

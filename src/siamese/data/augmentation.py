@@ -29,6 +29,9 @@ class Augment:
         flip: probability of a mirror image, left to right; not for letters.
         erasing: probability of a black rectangle over 0.02 to 0.4 of the area, of the sides' ratio 0.3 to 1 / 0.3 (Zhong et
             al. 2017, arXiv:1708.04896).
+        classwise: what is drawn once for each class of a batch, and done before all else, by the same names but `erasing`: all samples of
+            a class are turned, bent or mirrored alike, and so are of a class that has not been before. For losses that compare
+            the samples of a batch with each other; one that remembers classes from batch to batch would be misled.
 
     Raises:
         ValueError: a value out of its range; when called, inputs that are no images.
@@ -44,6 +47,7 @@ class Augment:
         crop: float | None = None,
         flip: float = 0.0,
         erasing: float = 0.0,
+        classwise: dict[str, float] | None = None,
     ):
         given = {"rotation": rotation, "scale": scale, "shear": shear, "shift": shift, "elastic": elastic, "flip": flip, "erasing": erasing}
         for key, value in given.items():
@@ -53,30 +57,51 @@ class Augment:
             raise ValueError(f"augmentation.crop={crop} must lie above 0 and at most at 1, or be null for no crop")
         self.rotation, self.scale, self.shear, self.shift = math.radians(rotation), scale, shear, shift
         self.elastic, self.crop, self.flip, self.erasing = elastic, 1.0 if crop is None else crop, flip, erasing
+        if unknown := {*(classwise or ())} - {*given, "crop"} | {*(classwise or ())} & {"erasing"}:
+            raise ValueError(f"augmentation.classwise.{min(unknown)} is not known: take some of {', '.join([*given][:-1])}, crop")
+        self.classwise = Augment(**classwise) if classwise else None
 
-    def __call__(self, images: Tensor, generator: torch.Generator, places: Tensor | None = None, batch: int | None = None) -> Tensor:
+    def __call__(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        places: Tensor | None = None,
+        batch: int | None = None,
+        labels: Tensor | None = None,
+    ) -> Tensor:
         """The generator, on the CPU, decides everything: equal states give equal images on any device.
 
         Of a `batch` of which the images are a part, at these `places`, int64 [B], each is moved as it is when all are given.
+        `labels`, int64, are of the whole batch; `classwise` alone asks for them.
         """
         if images.dim() != 4:
             raise ValueError(f"augmentation needs images [B, C, H, W], these inputs are {list(images.shape)}: say augmentation=none")
         images = images.float() / 255 if images.dtype == torch.uint8 else images
         images = images if images.dtype == torch.float64 else images.float()
-        # Always all of them: what is turned on or off moves no number of another.
-        size = len(images) if places is None else batch
-        draws = [torch.rand(size, 6, generator=generator), torch.rand(size, 10, generator=generator)]
-        draws.append(torch.randn(size, 2, _NODES, _NODES, generator=generator))
-        affine, others, nodes = ((draw if places is None else draw[places.cpu()]).to(images) for draw in draws)
-        affine, (crop, flip, erasing) = affine * 2 - 1, others.split([4, 1, 5], 1)
+        places = torch.arange(len(images)) if places is None else places.cpu()
+        drawn = _draws(len(images) if batch is None else batch, places, generator)
+        affine, crop, flip, erasing, nodes = (part.to(images) for part in drawn)
         # In bfloat16, which autocast would take for the grid, pixels of an image of 448 would jump by one.
         with torch.autocast(images.device.type, enabled=False):
-            if any((self.rotation, self.scale, self.shear, self.shift, self.elastic, self.crop < 1, self.flip)):
-                images = F.grid_sample(images, self._grid(images.shape, affine, crop, flip[:, 0], nodes), align_corners=False)
+            grid = self._grid(images.shape, affine, crop, flip, nodes) if self._moves() else None
+            if self.classwise is not None and self.classwise._moves():
+                if labels is None or (labels < 0).any():
+                    raise ValueError("augmentation.classwise goes by labels, which these samples lack: say augmentation.classwise=null")
+                if grid is None:
+                    still = torch.eye(2, 3, dtype=images.dtype, device=images.device).expand(len(images), 2, 3)
+                    grid = F.affine_grid(still, list(images.shape), align_corners=False)
+                classes, member = labels.cpu().unique(return_inverse=True)
+                drawn = _draws(len(classes), member[places], generator)
+                grid = self.classwise._before(grid, *(part.to(images) for part in drawn))
+            if grid is not None:
+                images = F.grid_sample(images, grid, align_corners=False)
             return self._erased(images, erasing) if self.erasing else images
 
-    def _grid(self, shape: torch.Size, affine: Tensor, crop: Tensor, flip: Tensor, nodes: Tensor) -> Tensor:
-        """Where each pixel of the result lies in the image: [B, H, W, 2], x and y from -1 to 1."""
+    def _moves(self) -> bool:
+        return any((self.rotation, self.scale, self.shear, self.shift, self.elastic, self.crop < 1, self.flip))
+
+    def _affine(self, affine: Tensor, crop: Tensor, flip: Tensor) -> tuple[Tensor, Tensor]:
+        """Where a point of the result lies in the image, [B, 2, 3], and the size of the cut, [B, 2]."""
         angle, shear = affine[:, 0] * self.rotation, affine[:, 1] * self.shear
         scale_x, scale_y = 1 + affine[:, 2] * self.scale, 1 + affine[:, 3] * self.scale
         shift_x, shift_y = 2 * affine[:, 4] * self.shift, 2 * affine[:, 5] * self.shift
@@ -85,14 +110,29 @@ class Augment:
         along_y = torch.stack([sin / scale_y, (sin * shear + cos) / scale_y, shift_y], 1)
         # All of this happens within the cut, read from right to left for a mirror image.
         centre, size = _rectangles(crop, self.crop, 1.0, 4 / 3)
-        size = torch.stack([torch.where(flip < self.flip, -size[:, 0], size[:, 0]), size[:, 1]], 1)
-        theta = torch.stack([along_x, along_y], 1) * size[:, :, None]
-        grid = F.affine_grid(theta + F.pad(centre[:, :, None], (2, 0)), list(shape), align_corners=False)
+        size = torch.stack([torch.where(flip[:, 0] < self.flip, -size[:, 0], size[:, 0]), size[:, 1]], 1)
+        return torch.stack([along_x, along_y], 1) * size[:, :, None] + F.pad(centre[:, :, None], (2, 0)), size
+
+    def _grid(self, shape: torch.Size, affine: Tensor, crop: Tensor, flip: Tensor, nodes: Tensor) -> Tensor:
+        """Where each pixel of the result lies in the image: [B, H, W, 2], x and y from -1 to 1."""
+        theta, size = self._affine(affine, crop, flip)
+        grid = F.affine_grid(theta, list(shape), align_corners=False)
         if self.elastic:
             rows, columns = (_bicubic(length, nodes) for length in shape[2:])
             nodes = nodes * size[:, :, None, None] * self.elastic
             grid = grid + torch.einsum("yi,bcij,xj->byxc", rows, nodes, columns)
         return grid
+
+    def _before(self, grid: Tensor, affine: Tensor, crop: Tensor, flip: Tensor, _erasing: Tensor, nodes: Tensor) -> Tensor:
+        """Likewise of points of the result, [B, H, W, 2], that need not be its pixels."""
+        theta, size = self._affine(affine, crop, flip)
+        moved = torch.einsum("bij,byxj->byxi", theta[:, :, :2], grid) + theta[:, None, None, :, 2]
+        if self.elastic:
+            nodes = nodes * size[:, :, None, None] * self.elastic
+            # The outermost nodes lie on the middle of the outermost pixels.
+            grid = grid * grid.new_tensor([side / (side - 1) for side in (grid.shape[2], grid.shape[1])])
+            moved = moved + F.grid_sample(nodes, grid, "bicubic", "border", align_corners=True).permute(0, 2, 3, 1)
+        return moved
 
     def _erased(self, images: Tensor, draw: Tensor) -> Tensor:
         centre, size = _rectangles(draw[:, :4], 0.02, 0.4, 1 / 0.3)
@@ -101,6 +141,14 @@ class Augment:
         within_y = (y - centre[:, 1:]).abs() < size[:, 1:]
         covered = within_y[:, :, None] & within_x[:, None, :] & (draw[:, 4] < self.erasing)[:, None, None]
         return images.masked_fill(covered[:, None], 0.0)
+
+
+def _draws(size: int, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
+    """What is drawn for each of so many, of these rows; always all of it, so that what is turned on or off moves no number of another."""
+    draws = [torch.rand(size, 6, generator=generator), torch.rand(size, 10, generator=generator)]
+    draws.append(torch.randn(size, 2, _NODES, _NODES, generator=generator))
+    affine, others, nodes = (draw[rows] for draw in draws)
+    return [affine * 2 - 1, *others.split([4, 1, 5], 1), nodes]
 
 
 def _rectangles(draw: Tensor, smallest: float, largest: float, ratio: float) -> tuple[Tensor, Tensor]:
