@@ -221,12 +221,23 @@ def test_without_test_the_test_split_is_never_read(fit, tmp_path, monkeypatch):
     asked = []
     split = Omniglot.split
     monkeypatch.setattr(Omniglot, "split", lambda self, name: asked.append(name) or split(self, name))
-    monkeypatch.setattr(Omniglot, "oneshot_runs", lambda self: pytest.fail("the one-shot runs were read"))
+    runs = Omniglot.oneshot_runs
+    monkeypatch.setattr(Omniglot, "oneshot_runs", lambda self, split="test": asked.append(f"runs of {split}") or runs(self, split))
     fit(tmp_path, "test=false")
-    assert set(asked) == {"train", "val"}
+    assert set(asked) == {"train", "val", "runs of val"}
     prefixes = {key.partition("/")[0] for key in metrics(tmp_path)}
     assert prefixes == {"val", "untrained", "raw", "seconds"}
     assert set(EvaluationResult.load(tmp_path / "results.npz")) == {"val", "untrained", "raw"}
+
+
+def test_a_run_on_all_alphabets_tells_nothing_of_validation(fit, tmp_path, caplog):
+    found = fit(tmp_path, "dataset.validation=0", "augmentation=handwriting", "augmentation.classwise={rotation: 180}")
+    assert {key.partition("/")[0] for key in found} == {"test", "untrained", "raw", "seconds"}
+    assert "test/map_at_r" in found
+    assert not {f"test/{name}" for name in ("threshold", "accuracy", "far", "frr", "calibration_error")} & found.keys()
+    assert Bundle.load(tmp_path / "bundle.safetensors").threshold is None
+    assert Bundle.load(tmp_path / "checkpoints" / "best.ckpt").threshold is None
+    assert "the validation classes are trained on too" in caplog.text
 
 
 def test_official_oneshot_runs_are_judged(tiny_run):
