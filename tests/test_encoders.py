@@ -5,12 +5,14 @@ import timm
 import torch
 from torch import nn
 
-from siamese.encoders import MLP, Conv4, Flatten, GeM, Koch, Timm, part_of
+from siamese.encoders import MLP, Conv4, Flatten, GeM, Koch, Residual, Timm, part_of
 
 TINY, NHWC, TOKENS = "test_resnet", "test_mambaout", "test_vit"  # of timm: half a million weights each
 ENCODERS = {
     "conv4": lambda: Conv4((1, 32, 32)),
     "conv4 of two blocks": lambda: Conv4((3, 20, 28), widths=(8, 16), embedding_size=10),
+    "residual": lambda: Residual((1, 32, 32), widths=(8, 16, 16)),
+    "residual of odd sides": lambda: Residual((3, 21, 33), widths=(8, 12), pool=1, embedding_size=5),
     "koch": lambda: Koch((1, 65, 70), embedding_size=6),
     "koch of two channels": lambda: Koch((2, 70, 65), embedding_size=6),
     "mlp": lambda: MLP((1, 32, 32)),
@@ -25,6 +27,7 @@ ENCODERS = {
 }
 SHAPES = {
     "conv4 of two blocks": (3, 20, 28),
+    "residual of odd sides": (3, 21, 33),
     "koch": (1, 65, 70),
     "koch of two channels": (2, 70, 65),
     "timm without a head": (3, 32, 32),
@@ -97,6 +100,30 @@ def test_conv4_takes_any_image_of_at_least_sixteen(size, embedding_size):
 def test_conv4_refuses_images_that_it_would_halve_to_nothing(size, widths, least):
     with pytest.raises(ValueError, match=f"at least {least} x {least}, these are {size[1]} x {size[2]}"):
         Conv4(size, widths=widths)
+
+
+@pytest.mark.parametrize(("options", "size"), [({}, 2 * 2 * 128), ({"widths": (8, 16), "pool": 3}, 9 * 16), ({"embedding_size": 7}, 7)])
+def test_residual_keeps_the_cells_of_its_last_map_or_has_a_head(options, size):
+    model = Residual((1, 32, 32), **options)
+    assert model.embedding_size == size
+    assert model(torch.rand(2, 1, 32, 32)).shape == (2, size)
+
+
+def test_a_stage_of_residual_adds_its_way_to_its_shortcut():
+    """Without its way a stage is its shortcut: an average of 2 x 2 pixels, then a combination of channels."""
+    torch.manual_seed(0)
+    stage = Residual((1, 32, 32), widths=(8, 16)).layers[3].eval()
+    nn.init.zeros_(stage.way[-1][0].weight)
+    maps = torch.rand(2, 8, 16, 16)
+    pooled = maps.view(2, 8, 8, 2, 8, 2).mean((3, 5))
+    expected = torch.einsum("oc,bcyx->boyx", stage.shortcut[1][0].weight[:, :, 0, 0], pooled).clamp(min=0)
+    assert torch.allclose(stage(maps), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "widths", "pool", "least"), [((1, 15, 32), (8, 8, 8), 2, 16), ((1, 32, 11), (8, 8), 3, 12)])
+def test_residual_refuses_images_that_it_would_halve_to_nothing(shape, widths, pool, least):
+    with pytest.raises(ValueError, match=f"at least {least} x {least}, these are {shape[1]} x {shape[2]}"):
+        Residual(shape, widths, pool)
 
 
 def test_koch_has_the_layers_of_the_paper():

@@ -118,7 +118,10 @@ RAISED = [
     ("dataset.background=small3", ["dataset", "small3", "small1"]),
     ("dataset.validation=0 test=false", ["dataset.validation=0", "test=false", "no others to be judged"]),
     ("augmentation=handwriting augmentation.classwise={{turn:90}}", ["augmentation.classwise.turn", "rotation"]),
-    ("augmentation=handwriting augmentation.classwise={{flip:0.5}} loss=arcface", ["augmentation.classwise", "arcface", "augmentation.classwise=null"]),
+    (
+        "augmentation=handwriting augmentation.classwise={{flip:0.5}} loss=arcface",
+        ["augmentation.classwise", "arcface", "augmentation.classwise=null"],
+    ),
     ("augmentation=handwriting augmentation.classwise={{flip:0.5}} loss=xbm", ["augmentation.classwise", "xbm"]),
     ("dataset.size=4", ["encoder", "8 x 8", "4 x 4"]),
     ("ckpt={cut}", ["ckpt", "{cut}", "damaged or not a checkpoint"]),

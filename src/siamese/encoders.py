@@ -43,6 +43,60 @@ class Conv4(nn.Module):
         return self.layers(inputs.to(memory_format=torch.channels_last))
 
 
+class Residual(nn.Module):
+    """A small residual network: a 5x5 convolution of stride 2, then stages of two 3x3 convolutions beside a shortcut (He et al. 2016,
+    arXiv:1512.03385), of which all but the first halve the sides. Float [B, C, H, W] -> [B, embedding_size].
+
+    On a CPU it errs less than `Conv4` for the same time: no layer with many channels runs at the full size of the image.
+
+    Args:
+        input_shape: (C, H, W).
+        widths: channels of each stage.
+        pool: the last map is averaged to so many by so many cells, all of which are the embedding where there is no head.
+        embedding_size: of a linear head; None leaves the cells as they are, widths[-1] * pool^2 numbers.
+
+    Raises:
+        ValueError: the last map would have fewer cells.
+    """
+
+    def __init__(
+        self, input_shape: tuple[int, int, int], widths: tuple[int, ...] = (32, 64, 128), pool: int = 2, embedding_size: int | None = None
+    ):
+        super().__init__()
+        channels, *sides = _of_images(input_shape)
+        if min(sides) < pool * 2 ** len(widths):
+            least = pool * 2 ** len(widths)
+            raise ValueError(
+                f"to end in {pool} x {pool} cells it takes images of at least {least} x {least}, these are {sides[0]} x {sides[1]}"
+            )
+        layers = [_normed(channels, widths[0], 5, stride=2), nn.ReLU()]
+        for before, after in zip([widths[0], *widths[:-1]], widths, strict=True):
+            layers.append(_Stage(before, after, halves=len(layers) > 2))
+        layers += [nn.AdaptiveAvgPool2d(pool), nn.Flatten()]
+        features = widths[-1] * pool**2
+        self.embedding_size = embedding_size or features
+        self.layers = nn.Sequential(*layers, *([nn.Linear(features, embedding_size)] if embedding_size else []))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.layers(inputs.to(memory_format=torch.channels_last))
+
+
+class _Stage(nn.Module):
+    def __init__(self, before: int, after: int, halves: bool):
+        super().__init__()
+        self.way = nn.Sequential(_normed(before, after, 3, 2 if halves else 1), nn.ReLU(), _normed(after, after, 3))
+        joined = [_normed(before, after, 1)] if halves or before != after else []
+        self.shortcut = nn.Sequential(*[nn.AvgPool2d(2, ceil_mode=True)] * halves, *joined)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return torch.relu(self.way(maps) + self.shortcut(maps))
+
+
+def _normed(before: int, after: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, after, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(after))
+
+
 class Koch(nn.Module):
     """Four large convolutions, each with ReLU and all but the last with 2x2 max-pooling, and a fully connected layer with sigmoid.
 
