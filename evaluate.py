@@ -59,6 +59,9 @@ def evaluate(config: dict) -> dict[str, float]:
         raise InputError(f"the encoder in {ckpt} takes inputs of shape {trained}, this data set has {input_shape}{remedy}")
     with as_input_error("dataset"):
         judging.check_kind(model.encoder, data.val)
+    if config["views"] is not None:
+        with as_input_error("views"):
+            model.look(config["views"], model.config.get("augmentation", {}))
     goal = config["threshold"] or model.config.get("threshold", "equal_error")
     with as_input_error("threshold"):
         judging.check_goal(goal, data.val)

@@ -155,6 +155,8 @@ def assemble(config: dict):
     made_of = bundle_arguments(config, data.input_shape, data.preprocessing(), data.source.reading())
     with as_input_error("encoder"):
         model = Bundle(**made_of)
+    with as_input_error("views"):
+        model.look(config["views"], config["augmentation"])
     parts, trust = model.parts, made_of["trust"]
     if frozen_tensors(model) and config["augmentation"]:
         raise InputError(

@@ -16,6 +16,7 @@ from pytorch_metric_learning.losses import ArcFaceLoss
 from torch.utils.data import DataLoader
 
 from siamese.bundle import Bundle, Standardize, construct_trusted, load_checkpoint
+from siamese.data.augmentation import Augment
 from siamese.data.samples import Samples, Source
 from siamese.data.sampling import balanced
 from siamese.decision import Decision
@@ -125,6 +126,49 @@ def test_embeddings_do_not_depend_on_the_batch_size(bundle):
     for size in (1, 7, 20, 100):
         assert torch.allclose(bundle.embed(images(20), batch_size=size), whole, atol=1e-5)
     assert whole.std(0).min() > 1e-3, "different images, different embeddings"
+
+
+VIEWS = {"_target_": "siamese.data.augmentation.Augment", "rotation": 20.0, "shift": 0.2, "classwise": {"flip": 0.5}}
+
+
+@pytest.mark.parametrize("distance", [COSINE, EUCLIDEAN])
+def test_embeddings_are_averaged_over_views(bundle, distance):
+    bundle = Bundle({**PARTS, "distance": distance})
+    inputs, augment = images(9), Augment(rotation=20, shift=0.2)
+    alone = bundle.embed(inputs)
+    bundle.look(3, VIEWS)
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(3):  # of each view what is drawn is drawn once, and done to image after image
+        state = generator.get_state()
+        seen = []
+        for one in inputs.split(1):
+            generator.set_state(state)
+            seen.append(augment(one, generator))
+        found.append(bundle.eval()(torch.cat(seen)))
+    looks = torch.stack([alone, *found])
+    expected = (torch.nn.functional.normalize(looks, dim=2) if distance == COSINE else looks).mean(0)
+    torch.testing.assert_close(bundle.embed(inputs), expected)
+    torch.testing.assert_close(bundle.embed(inputs[4:5]), expected[4:5])
+    torch.testing.assert_close(bundle.eval()(inputs), alone)
+    bundle.look(0, {})
+    torch.testing.assert_close(bundle.embed(inputs), alone)
+
+
+def test_views_survive_the_file(bundle, tmp_path):
+    bundle.look(2, VIEWS)
+    bundle.save(tmp_path / "bundle.safetensors")
+    loaded = Bundle.load(tmp_path / "bundle.safetensors")
+    assert loaded.views.count == 2
+    assert torch.equal(loaded.embed(images(5)), bundle.embed(images(5)))
+    assert loaded.fingerprint() == bundle.fingerprint()
+    bundle.look(0, {})
+    assert loaded.fingerprint() != bundle.fingerprint()
+
+
+@pytest.mark.parametrize(("views", "augmentation", "message"), [(2, {}, "has none"), (-1, VIEWS, "views=-1"), (0.5, VIEWS, "views=0.5")])
+def test_views_that_cannot_be(bundle, views, augmentation, message):
+    with pytest.raises(ValueError, match=message):
+        bundle.look(views, augmentation)
 
 
 def test_embedding_neither_trains_nor_leaves_a_trace(bundle):

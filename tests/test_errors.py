@@ -123,6 +123,7 @@ RAISED = [
         ["augmentation.classwise", "arcface", "augmentation.classwise=null"],
     ),
     ("augmentation=handwriting augmentation.classwise={{flip:0.5}} loss=xbm", ["augmentation.classwise", "xbm"]),
+    ("augmentation=none views=2", ["views=2", "this one has none"]),
     ("dataset.size=4", ["encoder", "8 x 8", "4 x 4"]),
     ("ckpt={cut}", ["ckpt", "{cut}", "damaged or not a checkpoint"]),
     ("ckpt={foreign}", ["ckpt", "{foreign}", "not one that train.py wrote"]),

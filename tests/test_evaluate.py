@@ -58,6 +58,14 @@ def test_so_does_the_bundle_wherever_it_is(judge, tiny_run, tmp_path):
     assert found == trained(tiny_run)
 
 
+def test_views_are_judged_by_training_as_by_evaluation(judge, fit, tiny_run, tmp_path):
+    fit(tmp_path / "run", "augmentation=strong", "views=2")
+    theirs = trained(tmp_path / "run")
+    assert figures(judge(f"ckpt={tmp_path}/run/bundle.safetensors")) == theirs
+    assert figures(judge(f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "views=2")) == theirs
+    assert figures(judge(f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "views=0"))["test/auc"] != theirs["test/auc"]
+
+
 def test_the_results_are_those_of_training(judge, tiny_run):
     one = EvaluationResult.load(judge(f"ckpt={tiny_run}/checkpoints/best.ckpt") / "results.npz")
     other = EvaluationResult.load(tiny_run / "results.npz")

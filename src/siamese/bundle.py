@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from siamese.data.augmentation import Views
 from siamese.data.reading import Reader
 from siamese.decision import Decision
 from siamese.distances import scores
@@ -49,8 +50,8 @@ class Bundle(nn.Module):
     """Everything needed to embed and decide.
 
     Args:
-        parts: `encoder`, `distance`, `preprocessing` and, where it is known how inputs are read, `reader`, each a plain
-            `{"_target_": "module.Class", **arguments}`.
+        parts: `encoder`, `distance`, `preprocessing`; where it is known how inputs are read, `reader`; where embeddings are averaged
+            over several views of an image, `views`; each a plain `{"_target_": "module.Class", **arguments}`.
         decision: from which score two inputs count as the same, and how often that errs, fitted on validation classes.
         config: the configuration it was trained with, plain values.
         trust: packages, besides this one and pytorch-metric-learning, whose classes may be built from `parts`.
@@ -73,6 +74,7 @@ class Bundle(nn.Module):
         self.distance = construct_trusted(parts["distance"], nn.Module, trust, **sizes)
         self.preprocessing = construct_trusted(parts["preprocessing"], nn.Module, trust)
         self.reader = construct_trusted(parts["reader"], Reader, trust) if parts.get("reader") else None
+        self.views = construct_trusted(parts["views"], Views, trust) if parts.get("views") else None
 
     @property
     def threshold(self) -> float | None:
@@ -91,14 +93,37 @@ class Bundle(nn.Module):
         """uint8 or float [B, ...] -> float32 [B, D] embeddings."""
         return self.encoder(self.preprocessing(inputs)).float()
 
+    def look(self, views: int, augmentation: dict) -> None:
+        """From now on `embed` averages over so many views besides, moved as this augmentation, a part, says; 0 for none.
+
+        Raises:
+            ValueError: it is no number, or the augmentation is none of images.
+        """
+        part = None
+        if views:
+            if augmentation.get("_target_") != "siamese.data.augmentation.Augment":
+                raise ValueError(f"views={views} are made by the augmentation of images that a model is trained with, this one has none")
+            part = {**augmentation, "_target_": "siamese.data.augmentation.Views", "count": views, "classwise": None}
+        self.parts = {**{name: value for name, value in self.parts.items() if name != "views"}, **({"views": part} if part else {})}
+        self.views = construct_trusted(part, Views) if part else None
+
+    def _averaged(self, inputs: Tensor) -> Tensor:
+        """As `forward`; of several views the mean of their embeddings, of their directions where the distance normalises."""
+        if self.views is None:
+            return self(inputs)
+        total = self.distance.maybe_normalize(self(inputs))
+        for view in self.views(inputs):
+            total = total + self.distance.maybe_normalize(self(view))
+        return total / (1 + self.views.count)
+
     @torch.no_grad()
     def embed(self, inputs: Tensor, batch_size: int = 512) -> Tensor:
-        """[N, ...] -> float32 [N, D] on the CPU, in evaluation mode, batch by batch."""
+        """[N, ...] -> float32 [N, D] on the CPU, in evaluation mode, batch by batch; averaged over `views`."""
         device = next((p.device for p in self.parameters()), torch.device("cpu"))
         training = [module for module in self.modules() if module.training]  # some may be frozen
         self.eval()
         try:
-            return torch.cat([self(batch.to(device)).cpu() for batch in inputs.split(batch_size)])
+            return torch.cat([self._averaged(batch.to(device)).cpu() for batch in inputs.split(batch_size)])
         finally:
             for module in training:
                 module.training = True

@@ -1,6 +1,7 @@
 """Augmentation of whole batches on the training device, every item with parameters of its own."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -141,6 +142,29 @@ class Augment:
         within_y = (y - centre[:, 1:]).abs() < size[:, 1:]
         covered = within_y[:, :, None] & within_x[:, None, :] & (draw[:, 4] < self.erasing)[:, None, None]
         return images.masked_fill(covered[:, None], 0.0)
+
+
+class Views:
+    """Other views of images, the same moves for each image: what an encoder says of all of them is steadier than of one.
+
+    Args:
+        count: how many, besides the image itself.
+        augmentation: arguments of `Augment`; `classwise` is left out.
+
+    Raises:
+        ValueError: `count` is no whole number above 0; what `Augment` refuses.
+    """
+
+    def __init__(self, count: int, **augmentation):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"views={count} must be a whole number, 0 for none")
+        self.count, self.augment = count, Augment(**{**augmentation, "classwise": None})
+
+    def __call__(self, images: Tensor) -> Iterator[Tensor]:
+        """uint8 or float [B, C, H, W] -> so many float [B, C, H, W]; what becomes of an image does not depend on the others."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(self.count):
+            yield self.augment(images, generator, places=torch.zeros(len(images), dtype=torch.int64), batch=1)
 
 
 def _draws(size: int, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
