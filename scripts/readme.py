@@ -17,7 +17,7 @@ README, DOCS = ROOT / "README.md", ROOT / "docs"
 
 def defaults() -> dict[str, str]:
     """Group -> its choice in conf/train.yaml, in the order of that file."""
-    lines = OmegaConf.load(CONF / "train.yaml").defaults
+    lines = OmegaConf.to_container(OmegaConf.load(CONF / "train.yaml").defaults, resolve=False)
     return {group: choice for line in lines if line != "_self_" for group, choice in line.items()}
 
 
@@ -32,7 +32,7 @@ def about(group: str, choice: str) -> str:
 def options() -> str:
     rows = ["| group | choices, the default in bold |", "| --- | --- |"]
     for group, default in defaults().items():
-        if group != "paths" and available(group):  # of the machine's own, `optional local`, nothing is shipped
+        if group != "paths" and not group.startswith("optional "):
             choices = [f"**{choice}**" if choice == default else choice for choice in available(group)]
             rows.append(f"| `{group}=` | {', '.join(choices)} |")
     return "\n".join(rows)

@@ -50,7 +50,7 @@ def compatible(every: dict[str, list[str]]) -> dict[str, list[str]]:
     fitting = {}
     for name, overrides in every.items():
         try:
-            compose([*overrides, *BUDGET])
+            compose(overrides)
         except InputError as error:
             print(f"left out: {error}")
         else:
@@ -63,7 +63,7 @@ def run(folder: Path, overrides: list[str]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
     with log.open("w") as file:
-        command = [sys.executable, "train.py", *overrides, *BUDGET, f"paths.output_dir={folder}"]
+        command = [sys.executable, "train.py", *overrides, f"paths.output_dir={folder}"]
         process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=file, env={**os.environ, "OMP_NUM_THREADS": "1"})
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -78,7 +78,7 @@ def place(runs: Path, name: str, seed: int | str) -> Path:
 
 
 def study(runs: Path, chosen: dict[str, list[str]], seeds: list[int], jobs: int) -> list[str]:
-    """Run what is missing, `jobs` at a time, with a progress bar; gives back what failed."""
+    """Run what is missing of name -> overrides, `jobs` at a time, with a progress bar; gives back what failed."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     todo = [(place(runs, name, seed), [*overrides, f"seed={seed}"]) for seed in seeds for name, overrides in chosen.items()]
@@ -221,7 +221,7 @@ def main() -> None:
         every = variants()
         if unknown := set(arguments.only or ()) - every.keys():
             sys.exit(f"error: {', '.join(sorted(unknown))} is not part of the study: take some of {', '.join(every)}")
-        chosen = compatible({name: every[name] for name in arguments.only or every})
+        chosen = compatible({name: [*every[name], *BUDGET] for name in arguments.only or every})
         failed = study(arguments.runs.resolve(), chosen, arguments.seeds, max(arguments.jobs, 1))
         for line in failed:
             print(line, file=sys.stderr)

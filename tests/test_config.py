@@ -14,7 +14,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from siamese.config import CONF, NO_ARGUMENTS, accepted, available, build, compose, construct, interrupt_again, partial
+from siamese.config import CONF, NO_ARGUMENTS, InputError, accepted, available, build, compose, construct, interrupt_again, partial
 from siamese.data.samples import Samples
 
 OPTIONS = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
@@ -120,6 +120,23 @@ def test_no_two_options_of_a_group_come_to_the_same(group):
 def test_an_experiment_leaves_the_last_word_to_the_command_line(option):
     config = compose([f"experiment={option}", "trainer.max_epochs=77", "loss=contrastive", "seed=5"])
     assert (config["trainer"]["max_epochs"], config["choices"]["loss"], config["seed"]) == (77, "contrastive", 5)
+
+
+def test_what_an_experiment_says_of_its_loss_goes_with_it_when_another_is_chosen():
+    assert plain("experiment=omniglot_record")["loss"]["temperature"] == 0.05
+    assert plain("loss=supcon")["loss"]["temperature"] == 0.1
+    assert plain("experiment=omniglot_record loss.temperature=0.3")["loss"]["temperature"] == 0.3
+    assert plain("experiment=omniglot_record loss=ntxent")["loss"] == plain("loss=ntxent")["loss"]
+    values = [path.stem for path in (CONF / "experiment" / "loss").iterdir()]
+    assert {f"{option}_{plain(f'experiment={option}')['choices']['loss']}" for option in available("experiment")} >= set(values)
+
+
+def test_an_experiments_values_may_be_a_word_or_none_of_it():
+    assert plain("experiment=omniglot_record dataset.background=small1 dataset.validation=others")["dataset"]["validation"] == "others"
+    assert plain("experiment=omniglot_record augmentation.classwise=null")["augmentation"]["classwise"] is None
+    assert plain("experiment=omniglot_record augmentation.classwise.flip=0")["augmentation"]["classwise"]["rotation"] == 180
+    with pytest.raises(InputError, match=r"augmentation.classwise=5 stands in the place of several values"):
+        compose(["experiment=omniglot_record", "augmentation.classwise=5"])
 
 
 def test_debug_says_more_than_the_experiment():

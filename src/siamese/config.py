@@ -51,8 +51,10 @@ NO_ARGUMENTS = {
     "distance": ("name",),
     "optimizer": ("lr_factors",),
 }
-# May be a word, or a list, where the default is a number: devices=auto, dataset.test=[cats,dogs].
-_ANY_TYPE = ("trainer.devices", "dataset.val", "dataset.test")
+# May be a word, or a list, where the default is a number: devices=auto, dataset.test=[cats,dogs], dataset.validation=others.
+_ANY_TYPE = ("trainer.devices", "dataset.val", "dataset.test", "dataset.validation")
+# Several values in one place, of which null means none.
+_NONE_OF_IT = ("augmentation.classwise",)
 # A number by default, and null means something too: no head, the optimizer's rate, no crop.
 _MAY_BE_NULL = re.compile(r"encoder\.embedding_size|(encoder|loss)\.(.*\.)?lr|augmentation\.crop")
 _CHECKED_JOBS = 100
@@ -451,7 +453,7 @@ def _check_types(cfg: DictConfig, choices: dict[str, str], overrides: list[str],
         raise InputError(f"{unknown[0]} is not a key of this configuration: {_near(unknown[0], sorted(composed))}")
     shipped, given = _leaves(composed), _leaves(cfg)
     for key in sorted(shipped.keys() - given.keys()):
-        if lost := [above for above in given if key.startswith(f"{above}.")]:
+        if lost := [above for above in given if key.startswith(f"{above}.") and not (above in _NONE_OF_IT and given[above] is None)]:
             raise InputError(f"{lost[0]}={given[lost[0]]} stands in the place of several values: say {key}={shipped[key]}")
     for key, value in given.items():
         expected = shipped.get(key)
