@@ -13,7 +13,7 @@ from siamese.data.glyphs import Glyphs
 from siamese.data.images import Images
 from siamese.data.omniglot import Omniglot
 from siamese.data.pairs import Pairs
-from siamese.data.reading import ImageReader, RowReader, TextReader
+from siamese.data.reading import ImageReader, RowReader, TextReader, by_moments
 from siamese.data.table import Table
 from siamese.data.texts import Texts, as_texts
 
@@ -33,10 +33,42 @@ def test_drawings_are_read_as_those_of_omniglot(tmp_path):
             file = io.BytesIO()
             drawing.save(file, "PNG")
             archive.writestr(f"images_evaluation/A/character{number // 2:02d}/{number}.png", file.getvalue())
-    source = Omniglot(tmp_path, size=28)
-    found, failed = reader_of(source).read(drawings)
-    assert not failed
-    assert torch.equal(found, source.split("test").inputs)
+    for moments in (False, True):
+        source = Omniglot(tmp_path, size=28, moments=moments)
+        found, failed = reader_of(source).read(drawings)
+        assert not failed
+        assert torch.equal(found, source.split("test").inputs)
+
+
+def moments_of(image) -> tuple[float, float, float]:
+    """Centre along x and y, and the spread of the ink, in half sides: pixel by pixel."""
+    side, pixels = len(image), [(x, y, float(v)) for y, row in enumerate(image) for x, v in enumerate(row) if v]
+    total = sum(v for _, _, v in pixels)
+    x, y = (sum(pixel[axis] * pixel[2] for pixel in pixels) / total for axis in (0, 1))
+    spread = sum(((px - x) ** 2 + (py - y) ** 2) / 2 * v for px, py, v in pixels) / total
+    return (2 * x + 1) / side - 1, (2 * y + 1) / side - 1, 2 * spread**0.5 / side
+
+
+def test_by_moments_drawings_have_their_ink_in_one_place_and_are_of_one_size():
+    drawings = torch.zeros(4, 1, 105, 105)
+    drawings[0, 0, 20:60, 30:34], drawings[0, 0, 20:24, 30:60] = 255, 255
+    drawings[1] = drawings[0].roll((25, 17), (1, 2))  # elsewhere
+    drawings[2, 0, 40:60, 50:52], drawings[2, 0, 40:42, 50:65] = 255, 255  # half as large
+    drawings[3, 0, 50:52, 10:95] = 128  # flat: its proportions stay
+    done = by_moments(drawings, 32)
+    assert done.dtype == torch.uint8
+    for image in done:
+        x, y, spread = moments_of(image[0])
+        assert abs(x) < 0.02
+        assert abs(y) < 0.02
+        assert spread == pytest.approx(0.38, abs=0.02)
+    assert (done[0].int() - done[1].int()).abs().float().mean() < 2
+    assert (done[0].int() - done[2].int()).abs().float().mean() < 8
+    assert int((done[3] > 60).any(2).sum()) <= 3, "a line stays a line"
+    assert torch.equal(by_moments(torch.zeros(1, 1, 20, 20), 8), torch.zeros(1, 1, 8, 8, dtype=torch.uint8))
+    dot = torch.zeros(1, 1, 105, 105)
+    dot[0, 0, 3, 4] = 255
+    assert 0 < by_moments(dot, 32).count_nonzero() < 30, "a dot is not blown up to fill the image"
 
 
 def test_drawings_of_white_on_black_are_the_same_as_of_black_on_white():
@@ -127,6 +159,7 @@ def test_rows_are_read_as_their_table(tmp_path):
         (ImageReader, {"size": 8, "channels": 4}),
         (ImageReader, {"size": 8, "fit": "x"}),
         (ImageReader, {"size": 8, "channels": 3, "ink": True}),
+        (ImageReader, {"size": 8, "channels": 1, "moments": True}),
         (TextReader, {"max_bytes": "9"}),
         (TextReader, {"max_bytes": 0}),
         (RowReader, {"columns": {}}),

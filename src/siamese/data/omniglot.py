@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import interpolate
 
+from siamese.data.reading import by_area, by_moments
 from siamese.data.samples import Samples, Source
 
 BACKGROUNDS = {
@@ -48,6 +48,7 @@ class Omniglot(Source):
             1 of a reduced set, 100 characters if None. They are drawn with a constant seed: a run's seed never changes the split.
             "others", of a reduced set, is all alphabets of the full background that it lacks. 0 takes none out, for a last run with
             all of them: what is called validation then are as many as usual of those that are trained on.
+        moments: each drawing is moved and scaled by its ink, see `siamese.data.reading.by_moments`.
         rotated_classes: in the training split every class also counts, turned by 90, 180 and 270 degrees
             counter-clockwise, as three more (Santoro et al., "Meta-learning with memory-augmented neural networks", 2016).
 
@@ -63,6 +64,7 @@ class Omniglot(Source):
         size: int = 32,
         validation: int | str | None = None,
         rotated_classes: bool = False,
+        moments: bool = False,
     ):
         if background not in BACKGROUNDS:
             raise ValueError(f"background={background!r}: choose one of {', '.join(BACKGROUNDS)}")
@@ -74,7 +76,7 @@ class Omniglot(Source):
             others = ", or others" if reduced else ""
             raise ValueError(f"validation={validation}: background={background} takes a number, 0 for none held out{others}")
         self.path, self.background, self.size = Path(path), background, size
-        self.validation, self.rotated_classes = validation, rotated_classes
+        self.validation, self.rotated_classes, self.moments = validation, rotated_classes, moments
         self.trained_on = ("val",) if validation == 0 else ()
         self._splits: dict[str, Samples] = {}
 
@@ -87,7 +89,7 @@ class Omniglot(Source):
         return self._splits[name]
 
     def reading(self) -> dict:
-        return {"_target_": "siamese.data.reading.ImageReader", "size": self.size, "channels": 1, "ink": True}
+        return {"_target_": "siamese.data.reading.ImageReader", "size": self.size, "channels": 1, "ink": True, "moments": self.moments}
 
     def oneshot_runs(self, split: str = "test") -> list[tuple[Samples, Samples]]:
         """20-way one-shot classification within an alphabet, as (queries, supports): the authors' 20 runs, or such runs of validation.
@@ -203,7 +205,7 @@ class Omniglot(Source):
             for row, key in enumerate(chunk):
                 strip.paste(archive.drawing(key), (0, _SIDE * row))
             ink = 255 - torch.from_numpy(np.array(strip)).view(-1, 1, _SIDE, _SIDE).float()
-            images[start : start + 256] = interpolate(ink, size=(self.size, self.size), mode="area").round()
+            images[start : start + 256] = (by_moments if self.moments else by_area)(ink, self.size)
         return images
 
 
