@@ -1,13 +1,15 @@
 """The scripts that look at runs, on runs made up on the spot."""
 
 import json
+import math
 import statistics
 
 import pytest
+import study_losses
+import study_recipe
 
-from scripts import study_losses
 from scripts.benchmark_default import missed
-from siamese.config import ROOT, available
+from siamese.config import ROOT, available, compose
 
 
 def made_up(folder, choices, seed, **figures):
@@ -117,3 +119,48 @@ def test_the_benchmark_of_koch_reads_a_finished_run(command, tmp_path):
     done = command(*words, str(tmp_path))
     assert done.code == 1
     assert done.err.startswith(f"error: {tmp_path} holds no metrics.json")
+
+
+# --- the study of the recipe
+
+
+def test_no_variant_of_the_recipe_has_more_than_600_steps_or_touches_the_test(tmp_path):
+    drawings = 2_720  # of small1
+    for name, overrides in study_recipe.variants().items():
+        config = compose([*overrides, f"dataset.path={tmp_path}"])
+        sampling = config["sampling"]
+        size = sampling.get("batch_size") or sampling["classes"] * sampling["samples_per_class"]
+        rows = drawings * (4 if config["dataset"]["rotated_classes"] else 1)
+        assert 0 < config["trainer"]["max_epochs"] * math.ceil(rows / size) <= 600, name
+        assert not config["test"]
+        assert (config["dataset"]["background"], config["dataset"]["validation"]) == ("small1", "others")
+
+
+def test_the_page_of_the_recipe_says_what_its_figures_say(command, tmp_path):
+    def rows(error):
+        figures = {"oneshot_20way": 0.9, "map_at_r": 0.5, "eer": 0.1, "seconds": 60.0}
+        return [{"seed": seed, "omniglot_error": error + seed, **figures} for seed in range(3)]
+
+    found = {name: rows(20.0) for name in study_recipe.variants()}
+    found |= {study_recipe.RECIPE: rows(10.0), "temperature 0.1": rows(12.5), study_recipe.SEMIHARD: rows(14.0)}
+    found |= {"hardest of 32 x 4": rows(80.0), "conv4 of 64": rows(13.0), "mlp": rows(33.0)}
+    (tmp_path / "recipe.json").write_text(json.dumps(found))
+    done = command("scripts/study_recipe.py", "--page", "--docs", str(tmp_path))
+    assert done.code == 0, done.err
+    page = (tmp_path / "recipe.md").read_text()
+    assert "| **the recipe** | 11.00 ± 1.00 |  |" in page
+    assert "| temperature 0.1 | 13.50 ± 1.00 | +2.50 |" in page
+    assert page.index("| temperature 0.1 |") < page.index("| no augmentation at all |")
+    assert "from 15.0 % (semihard of 32 x 4, residual) to 81.0 % (hardest of 32 x 4)" in page
+    assert "from 14.0 % (conv4 of 64) to 34.0 % (mlp)" in page
+    assert "how triplets are formed changes more than the encoder" in page
+    assert "0.0 points by forming triplets, 1.0 by the encoder" in page
+    assert (tmp_path / "recipe.png").read_bytes().startswith(b"\x89PNG")
+    assert study_recipe.interval(rows(1.0)) == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
+
+
+def test_the_study_of_the_recipe_names_what_is_missing(command, tmp_path):
+    done = command("scripts/study_recipe.py", "--only", "half the stepps", "--runs", str(tmp_path))
+    assert (done.code, done.err.splitlines()[-1].startswith("error: half the stepps is not part of the study")) == (1, True)
+    done = command("scripts/study_recipe.py", "--page", "--docs", str(tmp_path))
+    assert (done.code, done.err.strip()) == (1, f"error: there is no {tmp_path}/recipe.json: run the study first")

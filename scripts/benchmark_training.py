@@ -1,0 +1,263 @@
+"""What training costs beside a loop that does only the arithmetic, and beside the usual recipe.
+
+    python scripts/benchmark_training.py --check                              # a few minutes; exit code 1 when a target is missed
+    python scripts/benchmark_training.py --full --json docs/training.json     # the minutes to known errors on Omniglot too
+
+A step is one of `python train.py loss=triplet miner=semihard`, conv4 on letters, 32 classes x 4: batch, augmentation, encoder, miner,
+loss, optimizer, schedule. Times are CPU seconds of one thread, in turn with what they are compared with, and medians.
+`docs/training.json` is what README.md shows (scripts/readme.py).
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from benchmark_default import ROOT, row, run
+
+ROUNDS, STEPS = 15, 10
+COMMAND = ["loss=triplet", "miner=semihard", "test=false", "check=off", "leakage=off", "logger=none"]
+# Percent on the authors' twenty runs, and in how many minutes on two cores: Koch, Zemel and Salakhutdinov 2015; people (Lake et al. 2015).
+KNOWN = {"koch": (8.0, 3.0), "people": (4.5, 8.0)}
+LONGER = {"people": ["trainer.max_epochs=25", "trainer.check_val_every_n_epoch=25"]}
+
+
+def assembled(*overrides: str):
+    """(config, data, module), as `train.py` makes them, ready to be trained."""
+    import lightning.pytorch as L
+
+    from siamese.config import compose
+    from train import assemble
+
+    config = compose([*COMMAND, *overrides])
+    L.seed_everything(config["seed"], verbose=False)
+    data, module, _ = assemble(config)
+    return config, data, module
+
+
+def bare(data, module):
+    """The same steps without Lightning, logging and the health of the space: a generator, each `next` is one of them."""
+    import itertools
+
+    import torch
+
+    optimizer = module.grouped_optimizer()
+    schedule = module.scheduled(optimizer, 10**6)
+    generator = torch.Generator().manual_seed(0)
+    module.train()
+    for epoch in itertools.count():
+        data._training_loader.sampler.set_epoch(epoch)
+        for batch in data._training_loader:
+            embeddings = module.model(module.augmentation(batch.inputs, generator))
+            loss = module.loss(embeddings, batch.labels, module.miner(embeddings, batch.labels))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            yield
+
+
+def beside_bare() -> list[dict]:
+    """In one process: after every few steps of the trainer as many of the bare loop, within a callback whose time does not count."""
+    import torch
+    from lightning.pytorch.callbacks import Callback
+
+    from train import make_trainer
+
+    class InTurn(Callback):
+        def __init__(self, loop):
+            self.loop, self.times, self.started, self.steps = loop, ([], []), None, 0
+
+        def on_train_batch_start(self, trainer, *_):
+            if self.started is None:
+                self.started = time.process_time()
+
+        def on_train_batch_end(self, trainer, *_):
+            self.steps += 1
+            if self.steps % STEPS:
+                return
+            self.times[0].append(time.process_time() - self.started)
+            before = time.process_time()
+            for _ in range(STEPS):
+                next(self.loop)
+            self.times[1].append(time.process_time() - before)
+            self.started = time.process_time()
+            trainer.should_stop = len(self.times[0]) > ROUNDS
+
+    torch.set_num_threads(1)
+    _, other, same = assembled()
+    with tempfile.TemporaryDirectory() as folder:
+        config, data, module = assembled("trainer.max_epochs=1000", "trainer.check_val_every_n_epoch=1000", f"paths.output_dir={folder}")
+        in_turn = InTurn(bare(other, same))
+        trainer, _ = make_trainer(config, {}, module.model.encoder)
+        trainer.callbacks.append(in_turn)  # the last: what the others do is counted
+        trainer.fit(module, data)
+    ours, theirs = (statistics.median(times[1:]) / STEPS for times in in_turn.times)
+    return [
+        row("step of the bare loop", 1000 * theirs, unit="ms"),
+        row("step of the whole system", 1000 * ours, unit="ms"),
+        row("step of the whole system / of the bare loop", ours / theirs, 1.10),
+    ]
+
+
+def whole(seconds: float) -> float:
+    """Samples a second of the whole system, after as long again of warming up."""
+    from lightning.pytorch.callbacks import Callback
+
+    from train import make_trainer
+
+    class Watch(Callback):
+        started, samples = None, 0
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+            now = time.perf_counter()
+            self.begun = getattr(self, "begun", now)
+            if self.started is None:
+                self.started = now if now - self.begun > seconds else None
+            else:
+                self.samples, self.ended = self.samples + len(batch.labels), now
+                trainer.should_stop = now - self.started > seconds
+
+    with tempfile.TemporaryDirectory() as folder:
+        config, data, module = assembled("trainer.max_epochs=1000", "trainer.check_val_every_n_epoch=1000", f"paths.output_dir={folder}")
+        trainer, _ = make_trainer(config, {}, module.model.encoder)
+        trainer.callbacks.append(watch := Watch())
+        trainer.fit(module, data)
+    return watch.samples / (watch.ended - watch.started)
+
+
+def naive(seconds: float) -> float:
+    """Likewise of the usual recipe: images are augmented one by one, by torchvision in worker processes; all in float32, channels first."""
+    import torch
+    from pytorch_metric_learning import distances, losses, miners, samplers
+    from torch import nn
+    from torch.utils.data import DataLoader, Dataset
+    from torchvision.transforms import v2
+
+    from siamese.data.glyphs import Glyphs
+
+    samples = Glyphs().split("train")
+
+    class Letters(Dataset):
+        transform = v2.Compose([v2.ToPILImage(), v2.RandomAffine(6, (0.03, 0.03), (0.95, 1.05), (-11, 11, -11, 11)), v2.ToImage()])
+        scaled = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.2], [0.35])])
+
+        def __len__(self):
+            return len(samples)
+
+        def __getitem__(self, index):
+            return self.scaled(self.transform(samples.inputs[index])), int(samples.labels[index])
+
+    layers, before = [], 1
+    for after in (32, 64, 64, 64):
+        layers += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+        before = after
+    encoder = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4, 64))
+    optimizer = torch.optim.AdamW(encoder.parameters(), 3e-3, weight_decay=5e-3)
+    distance = distances.CosineSimilarity()
+    miner, loss = miners.TripletMarginMiner(0.2, "semihard", distance=distance), losses.TripletMarginLoss(0.2, distance=distance)
+    sampler = samplers.MPerClassSampler(samples.labels, 4, 128, length_before_new_iter=10**6)
+    started, done = None, 0
+    begun = time.perf_counter()
+    for images, labels in DataLoader(Letters(), 128, sampler=sampler, num_workers=os.cpu_count()):
+        embeddings = encoder(images)
+        optimizer.zero_grad()
+        loss(embeddings, labels, miner(embeddings, labels)).backward()
+        optimizer.step()
+        now = time.perf_counter()
+        if started is None:
+            started = now if now - begun > seconds else None
+        else:
+            done += len(labels)
+            if now - started > seconds:
+                return done / (now - started)
+
+
+def beside_naive(rounds: int = 3, seconds: float = 8.0) -> list[dict]:
+    found = {"whole": [], "naive": []}
+    for _ in range(rounds):
+        for name, rates in found.items():
+            command = [sys.executable, __file__, "--alone", name, str(seconds)]
+            done = subprocess.run(
+                command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+            )
+            if done.returncode:
+                sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
+            rates.append(float(done.stdout.split()[-1]))
+    ours, theirs = (statistics.median(rates) for rates in found.values())
+    return [
+        row("samples a second of the usual recipe", theirs),
+        row("samples a second of the whole system", ours),
+        row("samples a second of the whole system / of the usual recipe", ours / theirs, 3.0),
+    ]
+
+
+def validating() -> list[dict]:
+    """Of a default run: what judging after epochs takes."""
+    from lightning.pytorch.callbacks import Callback
+
+    from train import make_trainer
+
+    class Watch(Callback):
+        seconds = 0.0
+
+        def on_validation_start(self, *_):
+            self.started = time.perf_counter()
+
+        def on_validation_end(self, *_):
+            self.seconds += time.perf_counter() - self.started
+
+    with tempfile.TemporaryDirectory() as folder:
+        config, data, module = assembled("loss=supcon", "miner=none", f"paths.output_dir={folder}")
+        trainer, _ = make_trainer(config, {}, module.model.encoder)
+        trainer.callbacks.insert(0, watch := Watch())
+        started = time.perf_counter()
+        trainer.fit(module, data)
+        share = watch.seconds / (time.perf_counter() - started)
+    return [row("validation's share of a default run's training", share, 0.10)]
+
+
+def minutes_to(seeds: tuple[int, ...] = (0, 1, 2)) -> list[dict]:
+    """Whole commands, from the shell and back; the error is of the authors' twenty runs, the mean of the seeds."""
+    rows = []
+    for who, (error, minutes) in KNOWN.items():
+        runs = [run("experiment=omniglot_quick", *LONGER.get(who, ()), f"seed={seed}") for seed in seeds]
+        rows += [
+            row(f"{who}: error of seed {seed}", figures["test/omniglot_error"], unit="%")
+            for seed, (figures, _) in zip(seeds, runs, strict=True)
+        ]
+        rows.append(row(f"{who}: error", statistics.mean(figures["test/omniglot_error"] for figures, _ in runs), error, "%"))
+        rows.append(row(f"{who}: minutes", statistics.median(seconds for _, seconds in runs) / 60, minutes, "min"))
+    return rows
+
+
+def missed(rows: list[dict]) -> list[str]:
+    """Rows that miss their target: at least that of the samples a second, at most that of all else."""
+    wrong = lambda entry: entry["value"] < entry["target"] if "samples" in entry["name"] else entry["value"] > entry["target"]  # noqa: E731
+    late = [entry for entry in rows if entry["target"] is not None and wrong(entry)]
+    return [f"{entry['name']}: {entry['value']:g} misses {entry['target']:g} {entry['unit']}" for entry in late]
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    parser.add_argument("--check", action="store_true", help="exit code 1 when a target is missed")
+    parser.add_argument("--full", action="store_true", help="Omniglot too, half an hour more")
+    parser.add_argument("--alone", nargs=2, metavar=("WHICH", "SECONDS"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.alone:
+        print({"whole": whole, "naive": naive}[arguments.alone[0]](float(arguments.alone[1])))
+        sys.exit()
+    rows = [*beside_bare(), *beside_naive(), *validating(), *(minutes_to() if arguments.full else ())]
+    if arguments.json:
+        from siamese.record import write_json
+
+        write_json(Path(arguments.json), rows)
+    for line in (failures := missed(rows)):
+        print(line, file=sys.stderr)
+    sys.exit(1 if arguments.check and failures else 0)
