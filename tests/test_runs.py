@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from siamese.bundle import Bundle, load_checkpoint
-from siamese.config import ROOT, available
+from siamese.config import ROOT, available, compose
 from siamese.data.glyphs import Glyphs
 from siamese.data.omniglot import Omniglot
 from siamese.evaluation import EvaluationResult, evaluate
@@ -343,9 +343,7 @@ EXPERIMENTS = [name for name in available("experiment") if name != "none" and no
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_shipped_experiment_runs(command, drawings, transformer, tmp_path, experiment):
-    wanted = [line for line in (ROOT / "conf" / "experiment" / f"{experiment}.yaml").read_text().splitlines() if "/dataset:" in line]
-    dataset = wanted[0].partition("/dataset:")[2].strip() if wanted else "glyphs"
-    quick = []
+    dataset, quick = compose([f"experiment={experiment}", f"dataset.path={tmp_path}"])["choices"]["dataset"], []
     if experiment == "koch":  # the least size that its encoder takes; 38 million weights of its 39 are of the last layer
         quick = ["dataset.size=65", "encoder.embedding_size=128", "sampling.batch_size=8", f"dataset.path={drawings}"]
     elif experiment == "matching":
@@ -355,7 +353,7 @@ def test_every_shipped_experiment_runs(command, drawings, transformer, tmp_path,
         quick = [f"dataset.path={tmp_path}", f"encoder.model={transformer}", "encoder.max_length=32", "sampling.batch_size=4", "test=false"]
     elif dataset == "omniglot":
         quick = [f"dataset.path={drawings}", "sampling.classes=16"]
-    quick += ["dataset.background=small1", "test=false"] if dataset == "omniglot" else []
+    quick += ["dataset.background=small1", "dataset.validation=1", "test=false"] if dataset == "omniglot" else []
     done = command("train.py", f"experiment={experiment}", "debug=fast", "logger=none", *quick, f"paths.output_dir={tmp_path}/run")
     assert done.code == 0, done.err
     assert metrics(tmp_path / "run")["val/average_precision"] > 0
