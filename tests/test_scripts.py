@@ -4,12 +4,20 @@ import json
 import math
 import statistics
 
+import benchmark_omniglot
 import pytest
 import study_losses
 import study_recipe
+import torch
 
 from scripts.benchmark_default import missed
+from siamese.bundle import Bundle
 from siamese.config import ROOT, available, compose
+from siamese.data.omniglot import Omniglot
+
+
+def metrics(folder) -> dict[str, float]:
+    return json.loads((folder / "metrics.json").read_text())
 
 
 def made_up(folder, choices, seed, **figures):
@@ -164,3 +172,42 @@ def test_the_study_of_the_recipe_names_what_is_missing(command, tmp_path):
     assert (done.code, done.err.splitlines()[-1].startswith("error: half the stepps is not part of the study")) == (1, True)
     done = command("scripts/study_recipe.py", "--page", "--docs", str(tmp_path))
     assert (done.code, done.err.strip()) == (1, f"error: there is no {tmp_path}/recipe.json: run the study first")
+
+
+# --- the published measures
+
+
+def test_the_records_are_of_a_single_view_of_several_and_of_all_seeds_together(fit, tmp_path, monkeypatch):
+    folders = [tmp_path / str(seed) for seed in range(2)]
+    for folder in folders:
+        fit(folder, "augmentation=strong", f"seed={folder.name}")
+    monkeypatch.setattr(benchmark_omniglot, "VIEWS", 2)
+    rows = {entry["name"]: entry["value"] for entry in benchmark_omniglot.official("full", folders)[0]}
+    singles = [metrics(folder)["test/omniglot_error"] for folder in folders]
+    assert rows["full: error"] == pytest.approx(sum(singles) / 2)
+    assert [rows[f"full: error of seed {seed}"] for seed in range(2)] == pytest.approx(singles)
+
+    def errors(models, views):
+        wrong = []
+        for queries, supports in Omniglot(models[0].config["dataset"]["path"], background="small1", size=16).oneshot_runs():
+            score = 0
+            for model in models:
+                model.look(views, model.config["augmentation"])
+                one, other = (torch.nn.functional.normalize(model.embed(side.inputs)) for side in (queries, supports))
+                score = score + one @ other.T
+            wrong += (score.argmax(1) != queries.labels).tolist()
+        return 100 * sum(wrong) / len(wrong)
+
+    models = [Bundle.load(folder / "bundle.safetensors") for folder in folders]
+    assert rows["full: error, 2 seeds together"] == pytest.approx(errors(models, 0), abs=0.01)
+    assert rows["full: error, 2 seeds together, 2 views"] == pytest.approx(errors(models, 2), abs=0.01)
+    assert rows["full: error, 2 views"] == pytest.approx(sum(errors([model], 2) for model in models) / 2, abs=0.01)
+
+
+def test_the_records_know_which_way_a_target_is_missed():
+    good = [{"name": "full: error", "value": 2.4, "target": 2.5, "unit": "%"}]
+    good.append({"name": "characters: oneshot_5way", "value": 99.4, "target": 99.3, "unit": "%"})
+    assert benchmark_omniglot.missed(good) == []
+    assert benchmark_omniglot.missed([entry | {"target": entry["value"]} for entry in good]) == []
+    bad = [good[0] | {"value": 2.6}, good[1] | {"value": 99.2}, good[0] | {"target": None}]
+    assert len(benchmark_omniglot.missed(bad)) == 2
