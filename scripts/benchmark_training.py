@@ -46,18 +46,19 @@ def bare(data, module):
     import torch
 
     optimizer = module.grouped_optimizer()
-    schedule = module.scheduled(optimizer, 10**6)
+    schedule = module.scheduled(optimizer, 10**6) if module.make_scheduler else None
     generator = torch.Generator().manual_seed(0)
     module.train()
     for epoch in itertools.count():
         data._training_loader.sampler.set_epoch(epoch)
         for batch in data._training_loader:
-            embeddings = module.model(module.augmentation(batch.inputs, generator))
+            embeddings = module.model(module.augmented(batch, generator))
             loss = module.loss(embeddings, batch.labels, module.miner(embeddings, batch.labels))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            schedule.step()
+            if schedule is not None:
+                schedule.step()
             yield
 
 

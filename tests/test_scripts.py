@@ -5,6 +5,8 @@ import math
 import statistics
 
 import benchmark_omniglot
+import benchmark_training
+import lightning.pytorch as L
 import pytest
 import study_losses
 import study_recipe
@@ -211,3 +213,27 @@ def test_the_records_know_which_way_a_target_is_missed():
     assert benchmark_omniglot.missed([entry | {"target": entry["value"]} for entry in good]) == []
     bad = [good[0] | {"value": 2.6}, good[1] | {"value": 99.2}, good[0] | {"target": None}]
     assert len(benchmark_omniglot.missed(bad)) == 2
+
+
+# --- what training costs
+
+
+def test_the_bare_loop_takes_the_steps_that_training_takes():
+    """So that they are worth comparing: without augmentation, which each draws for itself, the weights are the same after three steps."""
+    _, other, same = benchmark_training.assembled("augmentation=none", "scheduler=none")
+    loop = benchmark_training.bare(other, same)
+    for _ in range(3):
+        next(loop)
+    _, data, module = benchmark_training.assembled("augmentation=none", "scheduler=none")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    brief = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0}
+    L.Trainer(accelerator="cpu", use_distributed_sampler=False, **brief, **quiet).fit(module, data)
+    for name, weights in module.model.state_dict().items():
+        torch.testing.assert_close(same.model.state_dict()[name], weights, msg=name)
+
+
+def test_training_knows_which_way_a_target_is_missed():
+    good = [{"name": "samples a second", "value": 3.2, "target": 3.0, "unit": ""}]
+    good.append({"name": "step / of the bare loop", "value": 1.05, "target": 1.1, "unit": ""})
+    assert benchmark_training.missed(good) == []
+    assert len(benchmark_training.missed([good[0] | {"value": 2.9}, good[1] | {"value": 1.2}, good[1] | {"value": 2, "target": None}])) == 2
