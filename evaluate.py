@@ -43,6 +43,9 @@ def evaluate(config: dict) -> dict[str, float]:
     with as_input_error("dataset"):
         own = ckpt and "dataset" not in groups  # what a file says is not built by Hydra, which may call anything
         source = construct_trusted(model.config["dataset"], Source, tuple(config["trust"])) if own else build(config, "dataset")
+    if ckpt and not own:
+        with as_input_error("dataset"):
+            same_as_trained(model, source, config)
     data = SiameseData(source, None, config["seed"])
     with as_input_error("dataset"):
         log.info("validate on %s, test on %s", data.val, data.test)
@@ -65,7 +68,7 @@ def evaluate(config: dict) -> dict[str, float]:
     goal = config["threshold"] or model.config.get("threshold", "equal_error")
     with as_input_error("threshold"):
         judging.check_goal(goal, data.val)
-    others = {name: other_tests(name, data.val, config) for name in dict.fromkeys(config["also"])}
+    others = {name: other_tests(name, data.val, config, model) for name in dict.fromkeys(config["also"])}
     fingerprints = {"val": data.val, "test": data.test, **{f"{name}/test": samples for name, samples in others.items()}}
     fingerprints = {name: samples.fingerprint() for name, samples in fingerprints.items()}
     record.write_json(out / "provenance.json", record.provenance(ROOT, fingerprints))
@@ -75,8 +78,9 @@ def evaluate(config: dict) -> dict[str, float]:
     raw, judged = judging.judge(plain, data, goal=goal), judging.judge(model, data, goal=goal)
     results = {**judging.last_as("raw", raw), **(judged if ckpt else judging.last_as("untrained", judged))}
     for name, samples in others.items():
-        results |= {f"{name}/raw": judging.judge_samples(plain, samples, plain.decision)}
-        results |= {f"{name}/{'test' if ckpt else 'untrained'}": judging.judge_samples(model, samples, model.decision)}
+        for judge, row in ((plain, "raw"), (model, "test" if ckpt else "untrained")):
+            result = judging.judge_samples(judge, samples, judge.decision)
+            results[f"{name}/{row}"] = result if judge.decision else judging.without_fitted(result)
     metrics = record.write(out, results, {"evaluate": time.perf_counter() - started})
     for note in [*list(judged.values())[-1].notes, *record.hardest(list(judged.values())[-1])]:
         log.info(note)
@@ -85,8 +89,29 @@ def evaluate(config: dict) -> dict[str, float]:
     return metrics
 
 
-def other_tests(name: str, own, config: dict):
-    """The test split of another data set than one's own; where its images have a size to be chosen, in the size that the encoder takes."""
+def same_as_trained(model, source, config: dict) -> None:
+    """Another data set than a model's own: its inputs must be made in the same way, and its validation may be what the model knows.
+
+    Raises:
+        ValueError: they are made in another way.
+    """
+    from siamese.bundle import construct_trusted
+    from siamese.data.samples import Source
+
+    mine, theirs = model.parts.get("reader") or {}, source.reading() or {}
+    if mine.get("_target_") == theirs.get("_target_"):
+        for key in sorted({*mine, *theirs} - {"size"}):
+            if key in config["dataset"] and (mine.get(key) or False) != (theirs.get(key) or False):
+                raise ValueError(
+                    f"the model was trained with {key}={mine.get(key, False)}: say dataset.{key}={str(mine.get(key, False)).lower()}"
+                )
+    trained = model.config.get("dataset") or {}
+    if trained.get("_target_") == config["dataset"]["_target_"]:
+        source.trained_on = construct_trusted(trained, Source, tuple(config["trust"])).trained_on
+
+
+def other_tests(name: str, own, config: dict, model):
+    """The test split of another data set than one's own, its images of the size, and made in the way, that the model was trained with."""
     import logging
 
     said = [override for override in config["overrides"] if override.startswith("paths.")]
@@ -96,7 +121,10 @@ def other_tests(name: str, own, config: dict):
         other = compose([f"dataset={name}", *said], "evaluate")
         shape = list(own.inputs.shape[1:])
         if own.kind == "images" and "size" in other["dataset"] and other["dataset"]["size"] != shape[-1]:
-            other = compose([f"dataset={name}", f"dataset.size={shape[-1]}", *said], "evaluate")
+            said.append(f"dataset.size={shape[-1]}")
+        reader = model.parts.get("reader") or {}
+        said += [f"dataset.{key}={str(reader[key]).lower()}" for key in ("moments",) if key in reader and key in other["dataset"]]
+        other = compose([f"dataset={name}", *said], "evaluate")
         samples = build(other, "dataset").split("test")
         if samples.kind != own.kind or (samples.kind != "texts" and list(samples.inputs.shape[1:]) != shape):
             raise ValueError(

@@ -142,6 +142,10 @@ def assemble(config: dict):
         splits.pop("val")
         if not splits:
             raise InputError("dataset.validation=0 trains on the validation classes too, and test=false leaves no others to be judged")
+        if choices["search"] != "none":
+            raise InputError(
+                f"search={choices['search']} goes by validation, whose classes dataset.validation=0 trains on: say another number"
+            )
         log.warning("the validation classes are trained on too: no threshold is fitted, and the best checkpoint goes by known classes")
     with as_input_error("check"):
         checking.check({"train": data.train, **splits}, data.source.findings(), out, config["check"])
@@ -206,8 +210,10 @@ def assemble(config: dict):
     )
     with as_input_error("augmentation"):
         module.augmented(Batch(first.inputs[:2], first.labels[:2]), torch.Generator())  # of inputs that it is not made for
-    by_class = any(sizes["num_classes"] in weights.shape for weights in loss.parameters())
-    if getattr(module.augmentation, "classwise", None) and (by_class or any(isinstance(m, CrossBatchMemory) for m in loss.modules())):
+    of_distance = {*model.distance.parameters()}
+    by_class = any(sizes["num_classes"] in weights.shape for weights in {*loss.parameters()} - of_distance)
+    by_class |= any(getattr(part, "num_classes", 0) or isinstance(part, CrossBatchMemory) for part in loss.modules())
+    if getattr(module.augmentation, "classwise", None) and by_class:
         raise InputError(
             f"augmentation.classwise makes other classes of each batch, loss={choices['loss']} remembers classes from batch to batch: "
             "say augmentation.classwise=null, or take another loss"
@@ -234,7 +240,7 @@ def check_resumable(config: dict, parts: dict) -> None:
 
     choices = config["choices"]
     saved = load_checkpoint(config["ckpt"])
-    if saved["parts"] != parts:
+    if any(saved["parts"].get(name) != parts.get(name) for name in (saved["parts"].keys() | parts.keys()) - {"views"}):
         raise ValueError(f"{config['ckpt']} holds another encoder, distance or preprocessing than this command asks for")
     for group in ("loss", "optimizer", "scheduler"):
         if saved["config"]["choices"][group] != choices[group]:

@@ -4,8 +4,8 @@
     python scripts/benchmark_omniglot.py --full --json docs/omniglot.json         # hours: all recipes, what is not yet run of them
     python scripts/benchmark_omniglot.py --full --only small1 small2 --json docs/omniglot.json
 
-Each seed is a `python train.py` on one thread, kept in --runs and not run again. Its encoder is judged once: a single view of each
-drawing by the plain distance, then 16 views averaged, then all seeds together, their embeddings side by side.
+Each seed is a `python train.py` on one thread, kept in --runs and not run again: another recipe needs other --runs. It is judged
+once: a single view of each drawing by the plain distance, then 16 views averaged, then all seeds together, their embeddings side by side.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import study_losses
@@ -98,6 +99,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "logs" / "records", metavar="DIR", help="where the runs are kept")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     arguments = parser.parse_args()
+    if not arguments.full:
+        arguments.runs = Path(tempfile.mkdtemp())
     wanted = {name: SEEDS.get(name, range(5)) for name in arguments.only or RECIPES} if arguments.full else {"quick": (0,)}
     failed, rows, reduced = [], [], []
     for name, seeds in wanted.items():

@@ -5,7 +5,8 @@
     python scripts/study_recipe.py --page     # only write the page again, from docs/recipe.json
 
 Each run is a `python train.py` on the five alphabets of `small1`, at most 600 steps, judged on the 25 alphabets of the background set
-that are not among them: the test is not touched. What is finished below --runs is not run again, so it can be stopped at any time.
+that are not among them: the test is not touched. What is finished below --runs is not run again, so it can be stopped at any time;
+a study of another recipe needs other --runs.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def collect(runs: Path, names: list[str]) -> dict[str, list[dict[str, float]]]:
     """Name -> figures of each finished seed, in the order of the seeds."""
     found = {}
     for name in names:
-        for folder in sorted(study_losses.place(runs, name, 0).parent.glob("*"), key=lambda path: path.name):
+        for folder in sorted(study_losses.place(runs, name, 0).parent.glob("*"), key=lambda path: (len(path.name), path.name)):
             if (folder / "peak.json").is_file():
                 metrics = json.loads((folder / "metrics.json").read_text())
                 figures = {figure: metrics[f"val/{figure}"] for figure in FIGURES} | {"seconds": metrics["seconds/fit"]}

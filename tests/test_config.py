@@ -127,8 +127,11 @@ def test_what_an_experiment_says_of_its_loss_goes_with_it_when_another_is_chosen
     assert plain("loss=supcon")["loss"]["temperature"] == 0.1
     assert plain("experiment=omniglot_record loss.temperature=0.3")["loss"]["temperature"] == 0.3
     assert plain("experiment=omniglot_record loss=ntxent")["loss"] == plain("loss=ntxent")["loss"]
-    values = [path.stem for path in (CONF / "experiment" / "loss").iterdir()]
-    assert {f"{option}_{plain(f'experiment={option}')['choices']['loss']}" for option in available("experiment")} >= set(values)
+    assert plain("experiment=omniglot_quick")["encoder"]["widths"] == [20, 40, 80]
+    assert plain("experiment=omniglot_quick encoder=conv4")["encoder"] == plain("encoder=conv4")["encoder"]
+    for group in ("loss", "encoder"):
+        values = {path.stem for path in (CONF / "experiment" / group).iterdir()}
+        assert values <= {f"{option}_{plain(f'experiment={option}')['choices'][group]}" for option in available("experiment")}
 
 
 def test_an_experiments_values_may_be_a_word_or_none_of_it():

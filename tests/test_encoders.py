@@ -126,6 +126,12 @@ def test_residual_refuses_images_that_it_would_halve_to_nothing(shape, widths, p
         Residual(shape, widths, pool)
 
 
+@pytest.mark.parametrize("options", [{"widths": ()}, {"pool": 0}, {"embedding_size": 0}])
+def test_residual_refuses_values_that_leave_nothing(options):
+    with pytest.raises(ValueError, match="numbers above 0"):
+        Residual((1, 32, 32), **options)
+
+
 def test_koch_has_the_layers_of_the_paper():
     with torch.device("meta"):  # 39 million weights, which need not be
         model = Koch((1, 105, 105))

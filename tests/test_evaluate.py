@@ -66,6 +66,25 @@ def test_views_are_judged_by_training_as_by_evaluation(judge, fit, tiny_run, tmp
     assert figures(judge(f"ckpt={tmp_path}/run/checkpoints/best.ckpt", "views=0"))["test/auc"] != theirs["test/auc"]
 
 
+def test_a_model_of_known_validation_classes_has_no_threshold_elsewhere_and_its_inputs_are_made_as_its_own(judge, fit, data, tmp_path):
+    fit(tmp_path / "run", "dataset.validation=0", "dataset.moments=true")
+    theirs, bundle = trained(tmp_path / "run"), f"ckpt={tmp_path}/run/bundle.safetensors"
+    assert figures(judge(bundle)) == theirs
+    with pytest.raises(InputError, match=r"the model was trained with moments=True: say dataset.moments=true"):
+        judge(bundle, *data)
+    found = figures(judge(bundle, *data, "dataset.moments=true"))
+    assert found == theirs, "validation classes that are held out now were trained on all the same"
+    path = next(override for override in data if override.startswith("dataset.path="))
+    link = tmp_path / "data" / "omniglot"
+    link.parent.mkdir()
+    link.symlink_to(path.partition("=")[2])
+    found = figures(judge(bundle, "also=[omniglot]", f"paths.data_dir={link.parent}"))
+    assert {
+        f"omniglot/{key}": value for key, value in theirs.items() if key.startswith("test/") and "error" not in key
+    }.items() <= found.items()
+    assert "omniglot/test/accuracy" not in found
+
+
 def test_the_results_are_those_of_training(judge, tiny_run):
     one = EvaluationResult.load(judge(f"ckpt={tiny_run}/checkpoints/best.ckpt") / "results.npz")
     other = EvaluationResult.load(tiny_run / "results.npz")

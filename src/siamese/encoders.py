@@ -56,7 +56,7 @@ class Residual(nn.Module):
         embedding_size: of a linear head; None leaves the cells as they are, widths[-1] * pool^2 numbers.
 
     Raises:
-        ValueError: the last map would have fewer cells.
+        ValueError: the last map would have fewer cells, or none.
     """
 
     def __init__(
@@ -64,6 +64,10 @@ class Residual(nn.Module):
     ):
         super().__init__()
         channels, *sides = _of_images(input_shape)
+        if not widths or pool < 1 or (embedding_size is not None and embedding_size < 1):
+            raise ValueError(
+                f"widths={list(widths)}, pool={pool}, embedding_size={embedding_size}: one width at least, and numbers above 0"
+            )
         if min(sides) < pool * 2 ** len(widths):
             least = pool * 2 ** len(widths)
             raise ValueError(

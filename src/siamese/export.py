@@ -91,7 +91,9 @@ def export(model: Bundle, path: str | os.PathLike, inputs: Tensor, preparation: 
     if not len(inputs):
         raise ValueError(f"{path} is checked on real samples: give at least one")
     if model.views is not None:
-        raise ValueError(f"{path} would hold the encoder alone, this model averages over {model.views.count} views: train with views=0")
+        raise ValueError(
+            f"{path} would hold the encoder alone, this model averages over {model.views.count} views: look(0, {{}}) ends that"
+        )
     if path.suffix == ".onnx":
         if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
             raise ValueError(f"an .onnx file needs {', '.join(missing)}: run `pip install -e '.[export]'`")

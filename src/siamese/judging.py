@@ -39,11 +39,17 @@ def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error") -> 
     if known:
         decision = None
         del results["val"]
-    for result in results.values() if known else ():
-        fitted = [name for name in _FITTED if result.figures.pop(name, None) is not None]
-        result.notes.append(f"{', '.join(fitted)} are left out: they go by validation, whose classes are trained on in this run")
+        without_fitted(results.get("test"))
     model.decision = decision
     return results
+
+
+def without_fitted(result: EvaluationResult | None) -> EvaluationResult | None:
+    """The result, if there is one, without the figures that go by a threshold: for models whose validation classes are trained on."""
+    if result is not None:
+        fitted = [name for name in _FITTED if result.figures.pop(name, None) is not None]
+        result.notes.append(f"{', '.join(fitted)} are left out: they go by validation, whose classes this model was trained on")
+    return result
 
 
 def check_goal(goal: str, samples: Samples) -> None:

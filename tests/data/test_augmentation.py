@@ -397,6 +397,15 @@ def test_what_classwise_refuses():
         Augment(classwise={"erasing": 0.5})
     with pytest.raises(ValueError, match=r"augmentation.classwise.turn is not known"):
         Augment(classwise={"turn": 0.5})
+    for wrong in (5, ["rotation"], "rotation"):
+        with pytest.raises(ValueError, match=r"augmentation.classwise=.* must give values by their names"):
+            Augment(classwise=wrong)
+    for values in ({"rotation": 400}, {"rotation": "abc"}, {"rotation": None}, {"crop": 2}):
+        with pytest.raises(ValueError, match=r"^augmentation\.classwise\.\w+="):
+            Augment(classwise=values)
+    assert (
+        Augment(classwise={"elastic": 0.1})(letters()[:, :, :1, :1], generator(), labels=torch.zeros(6, dtype=torch.int64)).isfinite().all()
+    )
     for labels in (None, torch.tensor([0, -1, 0, 0, 0, 0])):
         with pytest.raises(ValueError, match="goes by labels"):
             Augment(classwise={"rotation": 5})(letters(), generator(), labels=labels)

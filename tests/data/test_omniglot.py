@@ -218,6 +218,11 @@ def test_validation_by_the_alphabets_that_a_reduced_background_lacks(tree):
     assert alphabets(source.split("test")) == {"Het", "Zayin"}
 
 
+def test_a_split_without_drawings_is_named(tree):
+    with pytest.raises(ValueError, match="background=characters, validation=3 leave no drawings for test"):
+        Omniglot(tree, background="characters", validation=3).split("test")  # fewer than 1,200 characters, all of them trained on
+
+
 def test_characters_of_all_alphabets(tree, monkeypatch):
     monkeypatch.setattr("siamese.data.omniglot._TRAINED_ON", 11)
     monkeypatch.setitem(_HELD_OUT, "characters", 3)

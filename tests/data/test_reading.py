@@ -150,6 +150,30 @@ def test_rows_are_read_as_their_table(tmp_path):
     assert "no row" in failed[3]
 
 
+@pytest.mark.parametrize("moments", [False, True])
+def test_ink_is_ink_on_any_ground(moments):
+    strokes = np.zeros((105, 105), dtype=np.float32)
+    strokes[10:50, 20:24], strokes[46:50, 20:60] = 1, 1
+    reader = ImageReader(32, channels=1, ink=True, moments=moments)
+    grounds = {(255, 0), (0, 255), (254, 0), (235, 0), (20, 220)}  # ground and pen
+    found = {pair: reader.read([Image.fromarray((pair[0] + strokes * (pair[1] - pair[0])).astype(np.uint8))])[0] for pair in grounds}
+    for pair, image in found.items():
+        assert (image.int() - found[255, 0].int()).abs().max() <= (40 if pair == (20, 220) else 1), pair
+    noise = np.random.default_rng(0).integers(-6, 7, strokes.shape)
+    scanned = Image.fromarray((235 - 200 * strokes + noise).clip(0, 255).astype(np.uint8))
+    assert torch.nn.functional.cosine_similarity(reader.read([scanned])[0].flatten().float(), found[255, 0].flatten().float(), 0) > 0.95
+
+
+def test_a_large_drawing_keeps_its_thin_strokes():
+    small, large = torch.zeros(1, 1, 100, 100), torch.zeros(1, 1, 1600, 1600)
+    small[..., 10:60, 20:22], large[..., 160:960, 320:352] = 255, 255
+    small[..., 58:60, 20:70], large[..., 928:960, 320:1120] = 255, 255
+    assert (by_moments(small, 32).int() - by_moments(large, 32).int()).abs().max() < 60
+    thin = torch.zeros(1, 1, 1600, 1600)
+    thin[..., 160:960, 321:325] = 255
+    assert int(by_moments(thin, 32).amax(3).count_nonzero()) >= 20, "unbroken"
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments"),
     [

@@ -52,15 +52,20 @@ class Augment:
     ):
         given = {"rotation": rotation, "scale": scale, "shear": shear, "shift": shift, "elastic": elastic, "flip": flip, "erasing": erasing}
         for key, value in given.items():
-            if not 0 <= value <= _AT_MOST[key]:
+            if not _is_number(value) or not 0 <= value <= _AT_MOST[key]:
                 raise ValueError(f"augmentation.{key}={value} must lie between 0 and {_AT_MOST[key]}")
-        if crop is not None and not 0 < crop <= 1:
+        if crop is not None and not (_is_number(crop) and 0 < crop <= 1):
             raise ValueError(f"augmentation.crop={crop} must lie above 0 and at most at 1, or be null for no crop")
+        if classwise is not None and not isinstance(classwise, dict):
+            raise ValueError(f"augmentation.classwise={classwise} must give values by their names, as in {{rotation: 180}}, or be null")
         self.rotation, self.scale, self.shear, self.shift = math.radians(rotation), scale, shear, shift
         self.elastic, self.crop, self.flip, self.erasing = elastic, 1.0 if crop is None else crop, flip, erasing
         if unknown := {*(classwise or ())} - {*given, "crop"} | {*(classwise or ())} & {"erasing"}:
             raise ValueError(f"augmentation.classwise.{min(unknown)} is not known: take some of {', '.join([*given][:-1])}, crop")
-        self.classwise = Augment(**classwise) if classwise else None
+        try:
+            self.classwise = Augment(**classwise) if classwise else None
+        except ValueError as error:
+            raise ValueError(str(error).replace("augmentation.", "augmentation.classwise.", 1)) from None
 
     def __call__(
         self,
@@ -131,7 +136,7 @@ class Augment:
         if self.elastic:
             nodes = nodes * size[:, :, None, None] * self.elastic
             # The outermost nodes lie on the middle of the outermost pixels.
-            grid = grid * grid.new_tensor([side / (side - 1) for side in (grid.shape[2], grid.shape[1])])
+            grid = grid * grid.new_tensor([side / max(side - 1, 1) for side in (grid.shape[2], grid.shape[1])])
             moved = moved + F.grid_sample(nodes, grid, "bicubic", "border", align_corners=True).permute(0, 2, 3, 1)
         return moved
 
@@ -156,8 +161,8 @@ class Views:
     """
 
     def __init__(self, count: int, **augmentation):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"views={count} must be a whole number, 0 for none")
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= 1000:
+            raise ValueError(f"views={count} must be a whole number up to 1000, 0 for none")
         self.count, self.augment = count, Augment(**{**augmentation, "classwise": None})
 
     def __call__(self, images: Tensor) -> Iterator[Tensor]:
@@ -165,6 +170,10 @@ class Views:
         generator = torch.Generator().manual_seed(0)
         for _ in range(self.count):
             yield self.augment(images, generator, places=torch.zeros(len(images), dtype=torch.int64), batch=1)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _draws(size: int, rows: Tensor, generator: torch.Generator) -> list[Tensor]:

@@ -89,7 +89,8 @@ class Omniglot(Source):
         return self._splits[name]
 
     def reading(self) -> dict:
-        return {"_target_": "siamese.data.reading.ImageReader", "size": self.size, "channels": 1, "ink": True, "moments": self.moments}
+        moments = {"moments": True} if self.moments else {}
+        return {"_target_": "siamese.data.reading.ImageReader", "size": self.size, "channels": 1, "ink": True, **moments}
 
     def oneshot_runs(self, split: str = "test") -> list[tuple[Samples, Samples]]:
         """20-way one-shot classification within an alphabet, as (queries, supports): the authors' 20 runs, or such runs of validation.
@@ -143,6 +144,8 @@ class Omniglot(Source):
             inputs.append(self._images(archive, keys))
             ids += [f"{archive.name}/{key}" for key in keys]
             classes += [key.rpartition("/")[0] for key in keys]
+        if not ids:
+            raise ValueError(f"background={self.background}, validation={self.validation} leave no drawings for {name}")
         names, labels = np.unique(classes, return_inverse=True)
         inputs, labels, names = torch.cat(inputs), torch.from_numpy(labels), names.tolist()
         if name == "train" and self.rotated_classes:

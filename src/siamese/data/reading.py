@@ -19,7 +19,7 @@ from torch.nn.functional import affine_grid, grid_sample, interpolate
 ENDINGS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 FITS = ("pad", "crop", "stretch")
 EMPTY = ("", "na", "n/a", "nan", "null", "none")  # in a column of numbers, in any case
-_SPREAD = 0.38  # of the ink, see `by_moments`
+_SPREAD, _FAINT = 0.38, 32  # of the ink, see `by_moments`; what is fainter is noise of a scanner and has no weight
 _LONGEST = 100_000  # letters; what is longer is no text that anybody compares, and to cut it into tokens takes minutes
 
 # What is too large is refused below, in a sentence.
@@ -206,7 +206,10 @@ def by_moments(ink: Tensor, size: int) -> Tensor:
     characters", doi:10.1147/rd.145.0548). uint8 or float [N, 1, S, S] of 0..255 -> uint8 [N, 1, size, size].
     """
     values = ink.float()
-    along_y, along_x = values.sum((1, 3)), values.sum((1, 2))
+    if values.shape[-1] > 4 * size:  # else thin strokes would fall between the pixels that are looked at
+        values = interpolate(values, size=(4 * size, 4 * size), mode="area")
+    dark = values * (values >= _FAINT)
+    along_y, along_x = dark.sum((1, 3)), dark.sum((1, 2))
     place = (2 * torch.arange(values.shape[-1]) + 1) / values.shape[-1] - 1
     total = along_x.sum(1).clamp(min=1e-6)
     centre = torch.stack([(side * place).sum(1) / total for side in (along_x, along_y)], 1)
@@ -227,7 +230,9 @@ def _ink(image: Image.Image, size: int, moments: bool) -> np.ndarray:
         square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
         image = square
     values = torch.from_numpy(np.array(image))[None, None].float()
-    values = 255 - values if ground > 127 else values
+    # Whatever the ground is, none of it is ink.
+    values = (ground - values) * (255 / ground) if ground > 127 else (values - ground) * (255 / (255 - ground))
+    values = values.clamp(min=0)
     return (by_moments if moments else by_area)(values, size)[0].numpy()
 
 
