@@ -1,6 +1,6 @@
 """The final recipes on Omniglot's published measures: the authors' twenty one-shot runs, and 423 characters after 1,200.
 
-    python scripts/benchmark_omniglot.py --check                                  # omniglot_quick, one seed, three minutes
+    python scripts/benchmark_omniglot.py --check                                  # omniglot_quick, one seed
     python scripts/benchmark_omniglot.py --full --json docs/omniglot.json         # hours: all recipes, what is not yet run of them
     python scripts/benchmark_omniglot.py --full --only small1 small2 --json docs/omniglot.json
 

@@ -337,8 +337,8 @@ def test_weights_can_be_taken_from_a_bundle(fit, tiny_run, tmp_path):
     assert without_seconds(tmp_path)["untrained/map_at_r"] == without_seconds(tiny_run)["test/map_at_r"]
 
 
-# Those of photos: tests/test_photos.py.
-EXPERIMENTS = [name for name in available("experiment") if name != "none" and not name.startswith("photos")]
+# Those of photos are in tests/test_photos.py, the quick one is run by tests/test_readme.py.
+EXPERIMENTS = [name for name in available("experiment") if name not in ("none", "omniglot_quick") and not name.startswith("photos")]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
