@@ -172,6 +172,8 @@ def identify(options) -> int:
         if answers and expected is not None:
             rate = f"at most {expected:.2%} of strangers reach it" if expected < 1 else "any number of strangers may reach it"
             say(f"threshold {threshold:.4f}: {rate}" + _why_not(people, options, expected))
+        elif answers and options.threshold is None:
+            say("this model was saved without a threshold: nobody is refused. To tell strangers say --threshold SCORE")
         say_triage(triage)
         say_unreadable(unreadable)
     return 2 if unreadable else int(any(answer.label is None for answer in answers))
@@ -229,8 +231,6 @@ def duplicates(options) -> int:
     people = loaded(options, options.model)
     threshold = _threshold(people, options)
     decision = people.model.decision
-    if threshold is None and decision is None:
-        raise Refused("this model was saved without a threshold: say --threshold SCORE")
     threshold = decision.threshold if threshold is None else threshold
     found = collect(people, options.inputs)
     embeddings, names, unreadable = embedded(people, found)
@@ -328,12 +328,12 @@ def opened(options, model: str | None = None):
 def _threshold(people, options) -> float | None:
     from siamese.decision import rounded_up
 
+    if options.threshold is None and people.model.decision is None:
+        raise Refused("this model was saved without a threshold: say --threshold SCORE")
     if options.far is None:
         return options.threshold
     if not 0 < options.far < 1:
         raise Refused(f"--far {options.far} is a share of different pairs: above 0 and below 1")
-    if people.model.decision is None:
-        raise Refused("this model was saved without a threshold: say --threshold SCORE")
     if options.far < people.model.decision.finest:
         raise Refused(
             f"--far {options.far:g} is less than validation's pairs can tell: say {rounded_up(people.model.decision.finest)} or more"

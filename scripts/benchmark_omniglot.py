@@ -100,7 +100,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     arguments = parser.parse_args()
     if not arguments.full:
-        arguments.runs = Path(tempfile.mkdtemp())
+        fresh = tempfile.TemporaryDirectory()
+        arguments.runs = Path(fresh.name)
     wanted = {name: SEEDS.get(name, range(5)) for name in arguments.only or RECIPES} if arguments.full else {"quick": (0,)}
     failed, rows, reduced = [], [], []
     for name, seeds in wanted.items():

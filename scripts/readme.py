@@ -111,7 +111,8 @@ def measured(name: str, more: tuple[str, ...] = ()) -> list[str]:
     """The rows that a benchmark has written, as a table; in bold what misses its target, at most that but for rows with words of `more`."""
     lines = ["| | measured | target |", "| --- | ---: | ---: |"]
     for row in json.loads((DOCS / f"{name}.json").read_text()):
-        value, target = f"{row['value']:.3g} {row['unit']}".strip(), row["target"]
+        number = f"{row['value']:,.0f}" if row["value"] >= 1000 else f"{row['value']:.3g}"
+        value, target = f"{number} {row['unit']}".strip(), row["target"]
         sign = -1 if any(word in row["name"] for word in more) else 1
         missed = target is not None and sign * row["value"] > sign * target
         lines.append(f"| {row['name']} | {f'**{value}**' if missed else value} | {'' if target is None else f'{target:g}'} |")

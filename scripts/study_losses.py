@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -203,38 +204,52 @@ def chart(found: dict[str, list[dict[str, float]]], to: Path) -> None:
     os.replace(partial, to)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=ROOT / "logs" / "studies" / "losses", metavar="DIR", help="where the runs are kept")
+def parsed(doc: str, name: str, kind: str) -> argparse.Namespace:
+    """The command line of a study, whose page is docs/<name>.md; `kind` is what its variants are called."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, default=ROOT / "logs" / "studies" / name, metavar="DIR", help="where the runs are kept")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="where the page goes")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--only", nargs="+", metavar="GROUP=CHOICE", help="run only these; the page has all that was ever run")
-    parser.add_argument("--page", action="store_true", help="run nothing, write the page again from losses.json")
-    arguments = parser.parse_args()
-    data = arguments.docs / "losses.json"
+    parser.add_argument("--only", nargs="+", metavar=kind, help="run only these; the page has all that was ever run")
+    parser.add_argument("--page", action="store_true", help=f"run nothing, write the page again from {name}.json")
+    return parser.parse_args()
+
+
+def finished(arguments: argparse.Namespace, name: str, every: dict[str, list[str]], collect: Callable[[Path, list[str]], dict]) -> dict:
+    """What was found, after running what is asked for and missing; or as the last study has left it. Ends the script where that fails."""
+    data = arguments.docs / f"{name}.json"
     if arguments.page:
         if not data.is_file():
             sys.exit(f"error: there is no {data}: run the study first")
-        found = json.loads(data.read_text())
-    else:
-        every = variants()
-        if unknown := set(arguments.only or ()) - every.keys():
-            sys.exit(f"error: {', '.join(sorted(unknown))} is not part of the study: take some of {', '.join(every)}")
-        chosen = compatible({name: [*every[name], *BUDGET] for name in arguments.only or every})
-        failed = study(arguments.runs.resolve(), chosen, arguments.seeds, max(arguments.jobs, 1))
-        for line in failed:
-            print(line, file=sys.stderr)
-        found = collect(arguments.runs, list(every))
-        if "untrained" not in found or not ranked(found, "miner"):
-            sys.exit("error: the page needs loss=supcon, for the rows before training, and a miner: run these too")
-        arguments.docs.mkdir(parents=True, exist_ok=True)
-        write_json(data, found)
-    partial = arguments.docs / "losses.md.part"
-    partial.write_text(page(found))
-    os.replace(partial, arguments.docs / "losses.md")
-    chart(found, arguments.docs / "losses.png")
-    sys.exit(1 if not arguments.page and failed else 0)
+        return json.loads(data.read_text())
+    if unknown := set(arguments.only or ()) - every.keys():
+        sys.exit(f"error: {', '.join(sorted(unknown))} is not part of the study: take some of {', '.join(every)}")
+    chosen = compatible({name: every[name] for name in arguments.only or every})
+    arguments.failed = study(arguments.runs.resolve(), chosen, arguments.seeds, max(arguments.jobs, 1))
+    for line in arguments.failed:
+        print(line, file=sys.stderr)
+    return collect(arguments.runs, list(every))
+
+
+def publish(arguments: argparse.Namespace, name: str, found: dict, text: str, draw: Callable[[dict, Path], None]) -> None:
+    """Write docs/<name>.json, .md and .png; exit code 1 if a run has failed."""
+    arguments.docs.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.docs / f"{name}.json", found)
+    partial = arguments.docs / f"{name}.md.part"
+    partial.write_text(text)
+    os.replace(partial, arguments.docs / f"{name}.md")
+    draw(found, arguments.docs / f"{name}.png")
+    sys.exit(1 if getattr(arguments, "failed", None) else 0)
+
+
+def main() -> None:
+    arguments = parsed(__doc__, "losses", "GROUP=CHOICE")
+    every = {name: [*overrides, *BUDGET] for name, overrides in variants().items()}
+    found = finished(arguments, "losses", every, collect)
+    if "untrained" not in found or not ranked(found, "miner"):
+        sys.exit("error: the page needs loss=supcon, for the rows before training, and a miner: run these too")
+    publish(arguments, "losses", found, page(found), chart)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ that are not among them: the test is not touched. What is finished below --runs 
 a study of another recipe needs other --runs.
 """
 
-import argparse
 import json
 import math
 import os
@@ -18,9 +17,6 @@ from pathlib import Path
 
 import study_losses
 from study_losses import mean, spread
-
-from siamese.config import ROOT
-from siamese.record import write_json
 
 FIGURES = ("omniglot_error", "oneshot_20way", "map_at_r", "eer")
 EPOCHS = 27  # of 22 batches of 32 x 4: 594 steps
@@ -51,7 +47,7 @@ PARTS = {
     "semi-hard triplets": (["loss=triplet", "miner=semihard"], EPOCHS),
     "64 x 2 a batch": (["sampling.classes=64", "sampling.samples_per_class=2"], EPOCHS),
     "16 x 8 a batch": (["sampling.classes=16", "sampling.samples_per_class=8"], EPOCHS),
-    "images of 24 x 24": (["dataset.size=24", "encoder.pool=2"], EPOCHS),
+    "images of 24 x 24": (["dataset.size=24"], EPOCHS),
     "half the width": (["encoder.widths=[16,32,64]"], EPOCHS),
     "one and a half times the width": (["encoder.widths=[48,96,192]"], EPOCHS),
     "averaged weights": (["callbacks=ema"], EPOCHS),
@@ -197,36 +193,11 @@ def chart(found: dict, to: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=ROOT / "logs" / "studies" / "recipe", metavar="DIR", help="where the runs are kept")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", metavar="DIR", help="where the page goes")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="run only these; the page has all that was ever run")
-    parser.add_argument("--page", action="store_true", help="run nothing, write the page again from recipe.json")
-    arguments = parser.parse_args()
-    data, every, failed = arguments.docs / "recipe.json", variants(), []
-    if arguments.page:
-        if not data.is_file():
-            sys.exit(f"error: there is no {data}: run the study first")
-        found = json.loads(data.read_text())
-    else:
-        if unknown := set(arguments.only or ()) - every.keys():
-            sys.exit(f"error: {', '.join(sorted(unknown))} is not part of the study: take some of {', '.join(every)}")
-        chosen = {name: every[name] for name in arguments.only or every}
-        failed = study_losses.study(arguments.runs.resolve(), chosen, arguments.seeds, max(arguments.jobs, 1))
-        for line in failed:
-            print(line, file=sys.stderr)
-        found = collect(arguments.runs, list(every))
-        if missing := {RECIPE, SEMIHARD} - found.keys():
-            sys.exit(f"error: the page compares all with {' and '.join(sorted(missing))}: run these too")
-        arguments.docs.mkdir(parents=True, exist_ok=True)
-        write_json(data, found)
-    partial = arguments.docs / "recipe.md.part"
-    partial.write_text(page(found))
-    os.replace(partial, arguments.docs / "recipe.md")
-    chart(found, arguments.docs / "recipe.png")
-    sys.exit(1 if failed else 0)
+    arguments = study_losses.parsed(__doc__, "recipe", "NAME")
+    found = study_losses.finished(arguments, "recipe", variants(), collect)
+    if missing := {RECIPE, SEMIHARD} - found.keys():
+        sys.exit(f"error: the page compares all with {' and '.join(sorted(missing))}: run these too")
+    study_losses.publish(arguments, "recipe", found, page(found), chart)
 
 
 if __name__ == "__main__":

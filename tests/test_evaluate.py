@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import evaluate
+from siamese.bundle import Bundle
 from siamese.config import InputError, compose
 from siamese.evaluation import EvaluationResult
 
@@ -83,6 +84,13 @@ def test_a_model_of_known_validation_classes_has_no_threshold_elsewhere_and_its_
         f"omniglot/{key}": value for key, value in theirs.items() if key.startswith("test/") and "error" not in key
     }.items() <= found.items()
     assert "omniglot/test/accuracy" not in found
+
+
+def test_a_data_set_that_is_said_stands_for_one_that_cannot_be_made_any_more(judge, tiny_run, data, tmp_path):
+    bundle = Bundle.load(tiny_run / "bundle.safetensors")
+    bundle.config["dataset"]["called_otherwise"] = 1
+    bundle.save(tmp_path / "old.safetensors")
+    assert figures(judge(f"ckpt={tmp_path}/old.safetensors", *data)) == trained(tiny_run)
 
 
 def test_the_results_are_those_of_training(judge, tiny_run):

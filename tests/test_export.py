@@ -230,9 +230,7 @@ def test_bad_input_is_named(tmp_path, monkeypatch, name, samples, said):
 def test_an_average_over_views_is_not_written_as_if_it_were_of_one(tmp_path):
     model = bundle("Conv4", widths=[8, 8], input_shape=[1, 16, 16], embedding_size=8)
     model.look(3, {"_target_": "siamese.data.augmentation.Augment", "shift": 0.1})
-    with pytest.raises(
-        ValueError, match=r"encoder.pt2 would hold the encoder alone, this model averages over 3 views: look\(0, {}\) ends that"
-    ):
+    with pytest.raises(ValueError, match=r"encoder.pt2 would hold the encoder alone, this model averages over 3 views"):
         export(model, tmp_path / "encoder.pt2", images(6, 1, 16, 16))
     assert not list(tmp_path.iterdir())
 

@@ -103,6 +103,15 @@ def test_strangers_that_cannot_be_kept_out_as_wanted_are_told(gallery, run):
     assert "at most 0.07% of strangers reach it, not 0.00%: validation's 90,000 different pairs tell no lower rate" in err
 
 
+def test_a_model_without_a_threshold_says_that_it_refuses_nobody(here, run):
+    model(decision=None).save("without.safetensors")
+    assert run("enrol", "open.gallery", "--model", "without.safetensors", "enrolment")[0] == 0
+    code, _, err = run("identify", "open.gallery", "new")
+    assert code == 0
+    assert "this model was saved without a threshold: nobody is refused. To tell strangers say --threshold SCORE" in err
+    assert "without a threshold" not in run("identify", "open.gallery", "new", "--threshold", "0.5")[2]
+
+
 def test_triage_is_told_with_the_answers(gallery, run, told):
     run("enrol", "people.gallery", "--as", "twin", "enrolment/person 3/1 (copy).png")
     run("enrol", "people.gallery", "--as", "person 5", "enrolment/person 4/1 (copy).png")
@@ -349,7 +358,7 @@ def test_a_gallery_and_its_model_belong_together(gallery, run):
         (["verify", "--model", "model.safetensors", "bad/huge.png", "bad/huge.png"], "it has 100,000,000 pixels, more than 89,478,485"),
         (["verify", "--model", "model.safetensors", "--far", "2", "new", "new"], "above 0 and below 1"),
         (["verify", "--model", "texts.safetensors", "a", "x" * 1_000_000], "it has 1,000,000 letters"),
-        (["verify", "--model", "without.safetensors", "new/my photo (1).png", "new/my photo (1).png"], "saved without a threshold"),
+        (["verify", "--model", "without.safetensors", "new/my photo (1).png", "new/my photo (1).png"], "say --threshold SCORE"),
         (["enrol", "q.gallery", "--model", "texts.safetensors", "gone.csv"], "gone.csv"),
     ],
 )

@@ -92,7 +92,8 @@ def export(model: Bundle, path: str | os.PathLike, inputs: Tensor, preparation: 
         raise ValueError(f"{path} is checked on real samples: give at least one")
     if model.views is not None:
         raise ValueError(
-            f"{path} would hold the encoder alone, this model averages over {model.views.count} views: look(0, {{}}) ends that"
+            f"{path} would hold the encoder alone, this model averages over {model.views.count} views besides: leave them away first, in "
+            "Python by model.look(0, {})"
         )
     if path.suffix == ".onnx":
         if missing := [name for name in _NEEDS if importlib.util.find_spec(name) is None]:
