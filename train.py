@@ -267,6 +267,17 @@ def check_resumable(config: dict, parts: dict) -> None:
         logging.getLogger("train").info("%s has trained all of its epochs: nothing is left to train, it is judged again", config["ckpt"])
 
 
+def keep_memory() -> None:
+    """Let the process keep what it frees: each step asks for the same arrays again, and glibc would give them to the system and back."""
+    import ctypes
+    import platform
+
+    if platform.libc_ver()[0] == "glibc":
+        glibc = ctypes.CDLL(None)
+        glibc.mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD: arrays up to this, the most it takes, are of the heap
+        glibc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD: of which so much may be free
+
+
 def make_trainer(config: dict, provenance: dict, encoder):
     """The Lightning trainer with its callbacks and loggers, and the W&B logger by itself, None when there is none."""
     import logging
@@ -294,6 +305,7 @@ def make_trainer(config: dict, provenance: dict, encoder):
     )
     from siamese.evaluation import higher_is_better
 
+    keep_memory()
     # What Lightning says of devices, workers and directories on every start tells a user of this template nothing.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

@@ -102,6 +102,23 @@ def test_conv4_refuses_images_that_it_would_halve_to_nothing(size, widths, least
         Conv4(size, widths=widths)
 
 
+def test_a_block_of_conv4_is_that_of_the_paper():
+    """Convolution, batch-norm, ReLU, then pooling: to the last bit, in embeddings and gradients, whatever order is quicker."""
+    torch.manual_seed(0)
+    model, images = Conv4((1, 32, 32)), torch.randn(8, 1, 32, 32)
+    ordered = nn.Sequential()
+    for layer in model.layers:
+        ordered.extend([nn.ReLU(), nn.MaxPool2d(2)] if isinstance(layer, nn.MaxPool2d) else [] if isinstance(layer, nn.ReLU) else [layer])
+    found = []
+    for embed in (model, lambda inputs: ordered(inputs.to(memory_format=torch.channels_last))):
+        model.zero_grad()
+        embeddings = embed(images)
+        embeddings.square().sum().backward()
+        found.append([embeddings.detach(), *(weight.grad.clone() for weight in model.parameters())])
+    for ours, paper in zip(*found, strict=True):
+        assert torch.equal(ours, paper)
+
+
 @pytest.mark.parametrize(("options", "size"), [({}, 2 * 2 * 128), ({"widths": (8, 16), "pool": 3}, 9 * 16), ({"embedding_size": 7}, 7)])
 def test_residual_keeps_the_cells_of_its_last_map_or_has_a_head(options, size):
     model = Residual((1, 32, 32), **options)

@@ -34,7 +34,8 @@ class Conv4(nn.Module):
         self.embedding_size = embedding_size
         blocks = []
         for before, after in zip([channels, *widths[:-1]], widths, strict=True):
-            blocks += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(), nn.MaxPool2d(2)]
+            # The ReLU last: it commutes with the maximum, and there a quarter of the numbers are left.
+            blocks += [nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.MaxPool2d(2), nn.ReLU()]
         features = widths[-1] * (height >> len(widths)) * (width >> len(widths))
         self.layers = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(features, embedding_size))
         self.to(memory_format=torch.channels_last)  # 2 to 3 times as fast on a CPU, and on a GPU in bf16
