@@ -21,7 +21,7 @@ def evaluate(config: dict) -> dict[str, float]:
     import torch
     from rich.console import Console
 
-    from siamese import judging, record
+    from siamese import judging, record, reporting
     from siamese.bundle import Bundle, construct_trusted
     from siamese.data import checking
     from siamese.data.module import SiameseData
@@ -29,6 +29,8 @@ def evaluate(config: dict) -> dict[str, float]:
 
     log = logging.getLogger("evaluate")
     out, ckpt = Path(config["paths"]["output_dir"]), config["ckpt"]
+    with as_input_error("report"):
+        reporting.check_mode(config["report"])
     groups = [override.lstrip("+~").partition("=")[0] for override in config["overrides"]]
     if ckpt:
         for group in ("encoder", "distance"):
@@ -85,6 +87,7 @@ def evaluate(config: dict) -> dict[str, float]:
     for note in [*list(judged.values())[-1].notes, *record.hardest(list(judged.values())[-1])]:
         log.info(note)
     Console().print(record.table(results))
+    reporting.report(out, config["report"])
     log.info("figures are in %s", os.path.relpath(out))
     return metrics
 

@@ -37,7 +37,7 @@ def train(config: dict) -> dict[str, float]:
     import lightning.pytorch as L
     from rich.console import Console
 
-    from siamese import judging, record
+    from siamese import judging, record, reporting
     from siamese.bundle import Bundle, load_checkpoint
     from siamese.callbacks import CarefulCheckpointIO
     from siamese.evaluation import FIGURES, PAIR_FIGURES
@@ -47,6 +47,8 @@ def train(config: dict) -> dict[str, float]:
     figures = dict.fromkeys((*FIGURES, *PAIR_FIGURES))
     if config["optimized_metric"] not in [f"val/{name}" for name in figures]:
         raise InputError(f"optimized_metric={config['optimized_metric']} is not computed: take one of val/{', val/'.join(figures)}")
+    with as_input_error("report"):
+        reporting.check_mode(config["report"])
     if not 0 <= config["seed"] < 2**32:
         raise InputError(f"seed={config['seed']} must be a whole number from 0 to {2**32 - 1}")
     L.seed_everything(config["seed"], verbose=False)  # the weights; batches and augmentation have generators of their own
@@ -101,6 +103,7 @@ def train(config: dict) -> dict[str, float]:
         log.info(note)
     console = Console()
     console.print(record.table(results))
+    reporting.report(out, config["report"])
     log.info("figures, checkpoints and the bundle are in %s", os.path.relpath(out))
     return metrics
 

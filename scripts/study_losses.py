@@ -23,7 +23,7 @@ from siamese.config import ROOT, InputError, available, compose
 from siamese.record import write_json
 
 EPOCHS = 8
-BUDGET = ["test=false", "logger=none", f"trainer.max_epochs={EPOCHS}", f"trainer.check_val_every_n_epoch={EPOCHS}"]
+BUDGET = ["test=false", "logger=none", "report=none", f"trainer.max_epochs={EPOCHS}", f"trainer.check_val_every_n_epoch={EPOCHS}"]
 FIGURES = ("recall_at_1", "map_at_r", "auc", "eer", "oneshot_20way")
 
 # What the tables do not say by themselves.

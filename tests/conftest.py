@@ -185,7 +185,7 @@ def tiny(drawings) -> list[str]:
     """Overrides of a run that takes a second: the drawings, a narrow encoder, two epochs of two steps, each validated."""
     return [
         *("dataset=omniglot", f"dataset.path={drawings}", "dataset.background=small1", "dataset.size=16"),
-        *("encoder.widths=[8,8,8]", "encoder.embedding_size=16", "logger=none"),
+        *("encoder.widths=[8,8,8]", "encoder.embedding_size=16", "logger=none", "report=none"),
         *("trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1", "trainer.log_every_n_steps=1"),
     ]
 
@@ -224,7 +224,7 @@ def gets_worse(monkeypatch) -> None:
 def tiny_run(fit, tmp_path_factory) -> Path:
     """The directory of one tiny run, to be read only."""
     folder = tmp_path_factory.mktemp("tiny") / "run"
-    fit(folder)
+    fit(folder, "report=html")
     return folder
 
 

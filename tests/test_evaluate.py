@@ -45,7 +45,7 @@ def test_the_best_checkpoint_gives_the_figures_of_training_again(command, tiny_r
     assert done.code == 0, done.err
     assert figures(tmp_path / "run") == trained(tiny_run)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {".hydra", "evaluate.log", "metrics.json", "results.npz", "provenance.json"}
+    assert names == {".hydra", "evaluate.log", "metrics.json", "results.npz", "provenance.json", "report.html"}
     assert "test" in done.out
 
 

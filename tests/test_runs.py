@@ -61,7 +61,7 @@ def column(run, name: str) -> list[float]:
 
 def test_a_run_leaves_the_files_of_the_contract(default_run):
     files = [".hydra/config.yaml", ".hydra/overrides.yaml", "train.log", "checkpoints/best.ckpt", "checkpoints/last.ckpt"]
-    files += ["bundle.safetensors", "metrics.csv", "metrics.json", "results.npz", "provenance.json"]
+    files += ["bundle.safetensors", "metrics.csv", "metrics.json", "results.npz", "provenance.json", "report.html"]
     assert [name for name in files if not (default_run / name).is_file()] == []
     assert (default_run / "wandb").is_dir()
     assert list(default_run.rglob("*.part")) == []
@@ -77,6 +77,7 @@ def test_a_run_leaves_nothing_else(default_run):
         "metrics.json",
         "results.npz",
         "provenance.json",
+        "report.html",
         "wandb",
         "check.csv",  # some drawings of a letter occur twice
     }

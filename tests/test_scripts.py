@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import shutil
 import statistics
 
 import benchmark_omniglot
@@ -237,3 +239,18 @@ def test_training_knows_which_way_a_target_is_missed():
     good.append({"name": "step / of the bare loop", "value": 1.05, "target": 1.1, "unit": ""})
     assert benchmark_training.missed(good) == []
     assert len(benchmark_training.missed([good[0] | {"value": 2.9}, good[1] | {"value": 1.2}, good[1] | {"value": 2, "target": None}])) == 2
+
+
+def test_reports_are_written_again_of_every_run_below(command, tiny_run, tmp_path):
+    for number in range(2):
+        (tmp_path / "sweep" / str(number)).mkdir(parents=True)
+        for name in ("results.npz", "metrics.json"):
+            shutil.copy(tiny_run / name, tmp_path / "sweep" / str(number))
+    (tmp_path / "sweep" / "1" / "metrics.json").write_text("broken")
+    done = command("scripts/report.py", str(tmp_path / "sweep"))
+    assert done.code == 1
+    assert done.out.strip() == str(tmp_path / "sweep" / "0" / "report.html")
+    assert re.fullmatch(r"error: .*sweep/1: results.npz or metrics.json is damaged \(.*\)\n", done.err)
+    done = command("scripts/report.py", str(tmp_path / "nothing"))
+    assert (done.code, done.out) == (1, "")
+    assert "no finished run" in done.err

@@ -32,6 +32,7 @@ from siamese.protocols import fewshot, open_set
 RECALL_AT = (1, 5, 10)
 FAR_EXPONENTS = (2, 3, 4, 5, 6)
 WAYS, SHOTS = (5, 20), (1, 5)
+WAYS_CURVE = (2, 5, 10, 20, 50, 100, 200)
 # What every evaluation computes, in any split; the rest depends on how much there is to judge.
 FIGURES = (
     *(f"recall_at_{k}" for k in RECALL_AT),
@@ -72,6 +73,10 @@ class EvaluationResult:
     sampled: int64 [<= 2000] rows whose embeddings are kept; embeddings: float16 [<= 2000, D].
     pairs: how many same and different pairs were judged; calibration: slope and intercept, see `siamese.decision.calibrate`.
     open_set: float64 [<= 200, 2] false-alarm rate, detection and identification rate, see `siamese.protocols.open_set`.
+    oneshot: float64 [W, 2] numbers of ways, and how often one-shot questions of so many were answered right.
+    hardest: float64 [<= 16, 4] of listed pairs (left, right, score, 1 if the same): the lowest scores of the same, the highest of others.
+    shown: int64 [S] rows of the samples that are kept to be looked at, those of a gallery of its own behind the queries; pictures: uint8
+        [S, C, H, W] of images; said: [S] what there is to read of others. See `siamese.reporting.keep`.
     """
 
     figures: dict[str, float]
@@ -96,10 +101,17 @@ class EvaluationResult:
     pairs: list[float] = field(default_factory=list)
     calibration: list[float] = field(default_factory=list)
     open_set: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)), repr=False)
+    oneshot: np.ndarray = field(default_factory=lambda: np.zeros((0, 2)), repr=False)
+    hardest: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)), repr=False)
+    shown: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int64), repr=False)
+    pictures: np.ndarray = field(default_factory=lambda: np.zeros((0, 1, 0, 0), dtype=np.uint8), repr=False)
+    said: list[str] = field(default_factory=list, repr=False)
 
-    _TEXTS = ("figures", "intervals", "notes", "ids", "class_names", "gallery_labels", "gallery_ids", "pairs", "calibration")
+    _TEXTS = ("figures", "intervals", "notes", "ids", "class_names", "gallery_labels", "gallery_ids", "pairs", "calibration", "said")
     _CLASSES = ("class_queries", "class_recall_at_1", "class_map_at_r", "confusions")
     _ARRAYS = ("far", "tar", "thresholds", "labels", "neighbours", "neighbour_scores", *_CLASSES, "sampled", "embeddings", "open_set")
+    _LATER = ("oneshot", "hardest", "shown", "pictures")  # runs of an earlier version lack them
+    _ARRAYS += _LATER
 
     @staticmethod
     def save(results: "dict[str, EvaluationResult]", path: str | os.PathLike) -> None:
@@ -120,7 +132,11 @@ class EvaluationResult:
             prefixes = dict.fromkeys(name.rpartition("/")[0] for name in archive.files)
             return {
                 prefix: EvaluationResult(
-                    **{name: archive[f"{prefix}/{name}"] for name in EvaluationResult._ARRAYS},
+                    **{
+                        name: archive[f"{prefix}/{name}"]
+                        for name in EvaluationResult._ARRAYS
+                        if name not in EvaluationResult._LATER or f"{prefix}/{name}" in archive
+                    },
                     **json.loads(archive[f"{prefix}/texts"].tobytes()),
                 )
                 for prefix in prefixes
@@ -210,7 +226,13 @@ def evaluate(
             figures[name] = right.double().mean().item()
             if certainty:
                 intervals[name] = mean_interval(right, asked)
-    curve_of_strangers = np.zeros((0, 2))
+    curve_of_strangers, oneshot = np.zeros((0, 2)), []
+    if certainty and not gallery and counts.max() > 1:
+        for way in WAYS_CURVE if ways else ():
+            if way <= len(counts):
+                known = figures.get(f"oneshot_{way}way")
+                right = fewshot(embeddings, labels, distance, way, seed=seed)[0].double().mean().item() if known is None else known
+                oneshot.append((way, right))
     if ways and not gallery and int((counts > 1).sum()) > 1:
         identified, left_out, curve_of_strangers = open_set(embeddings, labels, distance, seed)
         figures |= identified
@@ -238,6 +260,7 @@ def evaluate(
         pairs=[float(kind.sum()) for kind in pairs[1:]],
         calibration=list(calibration),
         open_set=np.asarray(curve_of_strangers),
+        oneshot=np.array(oneshot, dtype=np.float64).reshape(-1, 2),
     )
 
 
@@ -493,6 +516,8 @@ def evaluate_tuples(
                 found["f1"] = _f1(level[chosen] * step, same[chosen], figures["f1_threshold"] - step / 2)[0]
             figures |= {f"{kind}/{name}": value for name, value in found.items() if name != "threshold"}
     where = where or [f"pair {row}" for row in range(len(scores))]
+    hard = [scores.where(same, torch.inf).argsort()[: min(8, int(same.sum()))], scores.where(~same, -torch.inf).argsort(descending=True)]
+    hard = torch.cat([hard[0], hard[1][: min(8, int((~same).sum()))]])
     extremes = {"same": scores.where(same, torch.inf).argmin(), "different": scores.where(~same, -torch.inf).argmax()}
     for text, row in extremes.items():
         notes.append(f"hardest of the {text} pairs: {where[row]}, score {scores[row]:.4f}")
@@ -517,6 +542,7 @@ def evaluate_tuples(
         embeddings=embeddings[sampled.to(embeddings.device)].half().cpu().numpy(),
         pairs=[float(same.sum()), float((~same).sum())],
         calibration=list(calibration),
+        hardest=torch.column_stack([rows.cpu()[hard], scores[hard], same[hard]]).double().numpy(),
     )
 
 

@@ -12,6 +12,7 @@ from siamese.data.samples import Samples
 from siamese.decision import Decision, goal_rate, rounded_up
 from siamese.evaluation import EvaluationResult, evaluate, evaluate_tuples
 from siamese.protocols import oneshot_error
+from siamese.reporting import keep
 
 log = logging.getLogger(__name__)
 _FITTED = ("threshold", "accuracy", "far", "frr", "calibration_error", "f1", "f1_threshold")
@@ -41,6 +42,8 @@ def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error") -> 
         del results["val"]
         without_fitted(results.get("test"))
     model.decision = decision
+    for split, result in list(results.items())[-1:]:
+        keep(result, getattr(data, split), getattr(model.reader, "entries", None))
     return results
 
 

@@ -195,3 +195,9 @@ def test_a_large_drawing_keeps_its_thin_strokes():
 def test_a_reader_that_a_file_cannot_mean_is_refused(kind, arguments):
     with pytest.raises(ValueError, match=r"."):
         kind(**arguments)
+
+
+def test_a_row_is_told_in_words_as_it_was_read():
+    reader = RowReader({"weight": 2.5, "colour": ["blue", "red"], "age": 1.0})
+    rows, _ = reader.read([{"weight": "1.25", "colour": "red", "age": "7"}, {"colour": "green"}])
+    assert [reader.entries(row) for row in rows] == ["weight 1.25, colour red, age 7", "weight 2.5, colour unknown, age 1"]

@@ -121,6 +121,17 @@ class RowReader(Reader):
         width = sum(1 if isinstance(known, (int, float)) else len(known) for known in self.columns.values())
         return torch.tensor(kept, dtype=torch.float32).view(len(kept), width), failed
 
+    def entries(self, row: Tensor) -> str:
+        """The entries of a row as it was read, float [columns], in words: `weight 1.5, colour red`."""
+        numbers, said = iter(row.tolist()), []
+        for name, known in self.columns.items():
+            if isinstance(known, (int, float)):
+                said.append(f"{name} {next(numbers):.4g}")
+            else:
+                ones = [next(numbers) for _ in known]
+                said.append(f"{name} {known[ones.index(1)] if 1 in ones else 'unknown'}")
+        return ", ".join(said)
+
     def _numbers(self, row: dict) -> list[float]:
         if not isinstance(row, dict):
             raise ValueError("it is no row: a row is its entries by the names of their columns")
