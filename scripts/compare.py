@@ -1,6 +1,6 @@
 """Put runs side by side: what differed between them, and the figures, mean ± standard deviation over seeds.
 
-    python scripts/compare.py logs/train/multiruns/<stamp> --plot comparison.png
+    python scripts/compare.py logs/train/multiruns/<stamp> --plot comparison.png --html comparison.html
     python scripts/compare.py logs/train/runs/<one> logs/train/runs/<other> --figures recall_at_1 eer --csv table.csv --markdown table.md
 
 Takes run directories, and directories that hold some (a sweep, a search, or logs/ itself). Runs whose configuration differs in
@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import numpy as np
 FIGURES = ["map_at_r", "recall_at_1", "auc", "eer", "oneshot_20way", "omniglot_error"]
 PER_CLASS = ("recall_at_1", "map_at_r")  # results.npz holds their means over the queries of each class
 LEVEL = 0.05
-UNCOMPARED = ("paths", "search", "cluster")  # how and where a run was made
+UNCOMPARED = ("paths", "search", "cluster", "report")  # how and where a run was made
 PICTURES, DRAWN = (".png", ".pdf", ".svg"), 40  # and the rows of a table that have room in one
 
 
@@ -68,7 +69,9 @@ def read_run(run: Path) -> dict:
     from omegaconf import OmegaConf
 
     hydra = OmegaConf.load(run / ".hydra" / "hydra.yaml").hydra
-    choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if not group.startswith(("hydra", *UNCOMPARED))}
+    # `experiment/loss` follows from the experiment and the loss, and may be the name of nothing: what it says is among the values.
+    left_out = ("hydra", "experiment/", *UNCOMPARED)
+    choices = {group: str(choice) for group, choice in hydra.runtime.choices.items() if not group.startswith(left_out)}
     config = OmegaConf.to_container(OmegaConf.load(run / ".hydra" / "config.yaml"), resolve=False)
     values = dict(_leaves({key: value for key, value in config.items() if key not in UNCOMPARED}))
     metrics = json.loads((run / "metrics.json").read_text())
@@ -230,7 +233,8 @@ def summary(group: dict[str, dict], differ: list[str], shown: list[str]) -> dict
     moments = {name: (statistics.mean(some), statistics.stdev(some) if len(some) > 1 else None) for name, some in values.items() if some}
     seconds = moments.pop("seconds/fit", (None,))[0]
     said = [runs[0]["choices"].get(key, runs[0]["values"].get(key, "")) for key in differ]
-    return {"runs": [run["path"].name for run in runs], "said": said, "figures": moments, "values": values, "seconds": seconds, "tests": {}}
+    names = {"runs": [run["path"].name for run in runs], "paths": [run["path"] for run in runs]}
+    return {**names, "said": said, "figures": moments, "values": values, "seconds": seconds, "tests": {}}
 
 
 def csv_lines(found: list[Table], each: bool) -> list[list]:
@@ -261,6 +265,57 @@ def markdown(found: list[Table], left_out: list[str], each: bool) -> str:
             lines.append(f"| {' | '.join([*said, *(cell(row, name) for name in one.figures)])} |")
         lines += ["", *([f"{explanation(one)}.", ""] if explanation(one) else [])]
     return "\n".join([*lines, *(f"- {line}" for line in left_out)]).strip() + "\n"
+
+
+def page(found: list[Table], left_out: list[str], each: bool, to: Path) -> None:
+    """The tables, with the intervals of rows of one run, and the curves of each row's first run over one another."""
+    from siamese import reporting
+
+    tables = []
+    for one in found:
+        split, rows = one.figures[0].partition("/")[0], []
+        for row, (colour, style) in itertools.zip_longest(one.rows, reporting.OVERLAID[: len(one.rows)], fillvalue=("transparent", "-")):
+            bounds = intervals(row["paths"][0]) if len(row["paths"]) == 1 else {}
+            cells = [{"text": cell(row, name), "interval": bounds.get(name)} for name in one.figures]
+            said = {"said": row["said"] or [" ".join(row["runs"])], "name": " ".join(row["runs"]), "runs": list(map(str, row["paths"]))}
+            rows.append({**said, "seeds": len(row["runs"]), "cells": cells, "colour": colour, "style": {"-": "solid"}.get(style, "dashed")})
+        charts = curves(one, split)
+        figures = [name.partition("/")[2] for name in one.figures]
+        table = {"name": one.dataset, "title": title(one, found, each), "differ": one.differ, "figures": figures}
+        tables.append({**table, "rows": rows, "explanation": explanation(one), "charts": charts})
+    runs = sum(len(row["runs"]) for one in found for row in one.rows)
+    reporting.render(to, "comparison", title=to.stem, tables=tables, left_out=left_out, each=each, runs=runs)
+
+
+def intervals(run: Path) -> dict[str, str]:
+    metrics = json.loads((run / "metrics.json").read_text())
+    return {name[:-5]: "{:.4f} to {:.4f}".format(*bounds) for name, bounds in metrics.items() if name.endswith("_ci95")}
+
+
+def curves(one: Table, split: str) -> list[tuple[str, str]]:
+    """ROC, Recall@K and validation by step, of the first run of each row that has them; and what each says."""
+    from siamese import reporting
+    from siamese.evaluation import EvaluationResult
+
+    found, logged, drawn = [], [], []
+    for row in one.rows[: len(reporting.OVERLAID)]:
+        name, run = ", ".join(row["said"]) or row["runs"][0], row["paths"][0]
+        with contextlib.suppress(OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
+            found.append((name, EvaluationResult.load(run / "results.npz")[split]))
+        with contextlib.suppress(OSError), (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
+            column = f"val/{one.figures[0].partition('/')[2]}"
+            points = [(int(line["step"]), float(line[column])) for line in csv.DictReader(file) if line.get(column)]
+            if len(points) > 1:
+                logged.append((name, *np.array(points).T))
+    if found:
+        drawn.append((reporting.overlaid_rocs(found), "Is a pair the same? The first run of each row."))
+    if found and all(len(result.class_queries) for _, result in found):
+        lines = [(name, *reporting.recall_at(result)) for name, result in found]
+        drawn.append((reporting.overlaid(lines, "Recall at K", xlabel="K", ylabel="Recall@K"), "Is one of the class among the K nearest?"))
+    if logged:
+        figure = one.figures[0].partition("/")[2]
+        drawn.append((reporting.overlaid(logged, figure, xlabel="step", ylabel=f"val/{figure}"), "On validation, while it was trained."))
+    return drawn
 
 
 def title(one: Table, found: list[Table], each: bool) -> str:
@@ -398,6 +453,7 @@ def main() -> None:
     parser.add_argument("--each", action="store_true", help="a row for each run, untested")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write the tables there too, in full precision")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write them there as they are shown")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page there: the tables, and the curves over one another")
     parser.add_argument("--plot", type=Path, metavar="FILE", help=f"draw the first figure there ({', '.join(PICTURES)})")
     arguments = parser.parse_args()
     for place in arguments.places:
@@ -414,6 +470,8 @@ def main() -> None:
         if arguments.markdown:
             with replacing(arguments.markdown) as partial:
                 partial.write_text(markdown(found, left_out, arguments.each))
+        if arguments.html:
+            page(found, left_out, arguments.each, arguments.html)
         if arguments.plot:
             draw(found, arguments.each, arguments.plot)
     except OSError as error:

@@ -115,6 +115,14 @@ def test_a_difference_beside_the_seed_makes_another_row(sweep):
 # --- what is written and printed
 
 
+def test_what_follows_from_other_choices_makes_no_row_of_its_own(sweep):
+    hydra = sweep / "2" / ".hydra" / "hydra.yaml"
+    said = json.loads(hydra.read_text())
+    said["hydra"]["runtime"]["choices"]["experiment/loss@loss"] = "record_supcon"
+    hydra.write_text(json.dumps(said))
+    assert [row["runs"] for row in only([str(sweep)], ["map_at_r"]).rows] == [["0"], ["1", "2"]]
+
+
 def test_the_csv_holds_means_and_spreads_in_full(sweep, tmp_path):
     file = tmp_path / "table.csv"
     done = subprocess.run(
@@ -451,3 +459,32 @@ def test_results_of_before_there_were_means_of_classes_leave_the_seeds(tmp_path)
             arrays = {name: archive[name] for name in archive.files if "/class_" not in name}
         np.savez_compressed(tmp_path / str(number) / "results.npz", **arrays)
     assert only([str(tmp_path)], ["map_at_r"]).rows[1]["tests"][MAP][1:] == (0, 2, False)
+
+
+def test_the_page_has_the_tables_with_intervals_and_the_curves_of_each_row(tmp_path, capsys, monkeypatch):
+    for number, (loss, noise) in enumerate((("triplet", 0.5), ("<b>supcon</b>", 1.0))):
+        generator = torch.Generator().manual_seed(number)
+        labels = torch.arange(8).repeat_interleave(5)
+        embeddings = torch.randn(8, 6, generator=generator)[labels] + noise * torch.randn(40, 6, generator=generator)
+        results = {"test": evaluate(embeddings, labels, CosineSimilarity())}
+        made_up(tmp_path / str(number), loss, 0, results, **{"test/map_at_r_ci95": [0.25, 0.75]})
+        lines = ["step,val/map_at_r", "1,0.5", "2,0.6"]
+        (tmp_path / str(number) / "metrics.csv").write_text("\n".join(lines))
+    (tmp_path / "2" / ".hydra").mkdir(parents=True)
+    printed(capsys, monkeypatch, tmp_path, "--figures", "map_at_r", "auc", "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    for row in only([str(tmp_path)], ["map_at_r", "auc"]).rows:
+        assert compare.cell(row, MAP) in page
+        assert compare.cell(row, AUC) in page
+    assert page.count("0.2500 to 0.7500") == 2
+    assert page.count("<svg") == 3  # ROC, Recall@K, validation
+    assert "&lt;b&gt;supcon" in page
+    assert "<b>supcon" not in page
+    assert "unfinished, left out" in page
+
+
+def test_the_page_does_without_curves_where_runs_left_none(sweep, tmp_path, capsys, monkeypatch):
+    printed(capsys, monkeypatch, sweep, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "0.6000 ± 0.1414" in page
+    assert "<svg" not in page
