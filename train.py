@@ -93,7 +93,7 @@ def train(config: dict) -> dict[str, float]:
         if wandb_logger is not None:
             from siamese.loggers import record_results
 
-            record_results(wandb_logger, results, metrics)
+            record_results(wandb_logger, results, metrics, best)
         crashed = False
     finally:
         if "wandb" in sys.modules:

@@ -8,6 +8,7 @@ import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 
 from siamese.evaluation import EvaluationResult
+from siamese.reporting import HEADLINE, neighbours, pairs, recall_at, score_shares
 
 log = logging.getLogger(__name__)
 
@@ -58,16 +59,57 @@ def wandb_logger(
     return logger
 
 
-def record_results(logger: WandbLogger, results: dict[str, EvaluationResult], figures: dict[str, float]) -> None:
-    """The final figures into the summary, and the ROC and the open-set curve of the last split judged as line plots."""
+def record_results(logger: WandbLogger, results: dict[str, EvaluationResult], figures: dict[str, float], checkpoint: str | Path) -> None:
+    """What the report shows, as W&B's own objects, of the last split judged: curves that lie over one another in a sweep, histograms, a
+    table of neighbours, embeddings for the projector; the final figures into the summary; and the checkpoint as an artifact.
+
+    Args:
+        checkpoint: the best one. A copy of it lies in the run's directory until it is uploaded.
+    """
     import wandb
 
     run = logger.experiment
     run.summary.update(figures)
     prefix, result = [(prefix, result) for prefix, result in results.items() if prefix in ("val", "test")][-1]
+
+    def line(name: str, x: str, y: str, points: np.ndarray, title: str) -> None:
+        run.log({f"{prefix}/{name}": wandb.plot.line(wandb.Table(columns=[x, y], data=points.tolist()), x, y, title=f"{title}, {prefix}")})
+
     rows = np.linspace(0, len(result.far) - 1, min(len(result.far), 300)).astype(int)
-    points = wandb.Table(columns=["far", "tar"], data=np.stack([result.far[rows], result.tar[rows]], 1).tolist())
-    run.log({f"{prefix}/roc": wandb.plot.line(points, "far", "tar", title=f"ROC, {prefix}")})
+    line("roc", "far", "tar", np.stack([result.far[rows], result.tar[rows]], 1), "ROC")
     if len(result.open_set):
-        points = wandb.Table(columns=["false_alarms", "identified"], data=result.open_set.tolist())
-        run.log({f"{prefix}/open_set": wandb.plot.line(points, "false_alarms", "identified", title=f"open set, {prefix}")})
+        line("open_set", "false_alarms", "identified", result.open_set, "open set")
+    if len(result.oneshot):
+        line("oneshot", "ways", "accuracy", result.oneshot, "one-shot accuracy")
+    if len(result.class_queries):
+        line("recall_at_k", "k", "recall", np.stack(recall_at(result), 1), "Recall@K")
+    edges, same, different = score_shares(result)
+    for name, shares in (("same", same), ("different", different)):
+        run.log({f"{prefix}/scores_{name}": wandb.Histogram(np_histogram=(shares, edges))})
+    shown = [(title, line) for title, lines in (neighbours(result) or pairs(result)) for line in lines][:32]
+    if shown:
+        cells = lambda line: [_cell(cell) for cell in line] + [None] * (width - len(line))  # noqa: E731
+        width = max(len(line) for _, line in shown)
+        columns = ["why", "query", *(f"nearest {place}" for place in range(1, width))]
+        run.log({f"{prefix}/neighbours": wandb.Table(columns=columns, data=[[title, *cells(line)] for title, line in shown])})
+    named = [result.class_names[label] if label >= 0 else "" for label in result.labels[result.sampled]]
+    ids = [result.ids[row] for row in result.sampled]
+    vectors = result.embeddings.astype(np.float64).round(4).tolist()
+    columns = ["class", "id", *(f"d{place}" for place in range(result.embeddings.shape[1]))]
+    data = [[name, one, *vector] for name, one, vector in zip(named, ids, vectors, strict=True)]
+    run.log({f"{prefix}/embeddings": wandb.Table(columns=columns, data=data)})
+    told = {f"{prefix}/{name}": result.figures[name] for name in HEADLINE if name in result.figures}
+    artifact = wandb.Artifact(f"checkpoint-{run.id}", "model", metadata=told)
+    artifact.add_file(str(checkpoint), "best.ckpt")
+    run.log_artifact(artifact, aliases=["best", f"seed-{run.config['seed']}"])
+
+
+def _cell(cell: dict):
+    """A sample in a table: its picture with what is said of it, or text."""
+    import wandb
+
+    mark = "" if cell["score"] is None else f"{'same' if cell['same'] else 'different'}, {cell['score']:.3f}: "
+    said = f"{mark}{cell['name'] or cell['id']}"
+    if cell["pixels"] is None:
+        return f"{said}: {cell['text']}" if cell["text"] else said
+    return wandb.Image(cell["pixels"], caption=said)
