@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import pytest
@@ -13,7 +14,7 @@ from pytorch_metric_learning.losses import ArcFaceLoss, ContrastiveLoss
 from torch import Tensor, nn
 
 from siamese.bundle import Bundle, load_checkpoint
-from siamese.callbacks import EMA, Freeze
+from siamese.callbacks import EMA, Freeze, ProgressBar
 from siamese.config import InputError, compose
 from siamese.data.module import SiameseData
 from siamese.data.samples import Samples, Source
@@ -335,3 +336,16 @@ def test_a_value_of_one_in_a_list_is_set_as_usual():
 def test_an_unknown_callback_in_a_list_is_refused_with_those_there_are():
     with pytest.raises(InputError, match=r"callbacks=emu is not a choice: did you mean ema\?\ncallbacks is one of early_stopping, ema,"):
         compose(["callbacks=[early_stopping,emu]"])
+
+
+@pytest.mark.parametrize(
+    ("miner", "metrics", "shown"),
+    [
+        (object(), {"train/mined_fraction": 0.25, "val/recall_at_1": 0.5, "val/average_precision": 0.3}, {"mined": 0.25, "recall": 0.5}),
+        (None, {"train/mined_fraction": 1.0}, {}),
+        (None, {"val/average_precision": 0.3}, {"precision": 0.3}),
+    ],
+)
+def test_the_progress_line_has_the_loss_what_was_mined_and_the_last_validation(miner, metrics, shown):
+    trainer = SimpleNamespace(callback_metrics=metrics, progress_bar_metrics={"train/loss": 1.5}, loggers=[])
+    assert ProgressBar().get_metrics(trainer, SimpleNamespace(miner=miner)) == {"loss": 1.5, **shown}

@@ -1,11 +1,13 @@
 """Judging: the threshold comes from validation, and a test split that is not wanted is never read."""
 
+import io
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from pytorch_metric_learning.distances import CosineSimilarity
+from rich.console import Console
 
 from siamese import judging, record
 from siamese.bundle import Bundle
@@ -282,3 +284,18 @@ def test_the_hardest_classes_are_named():
     assert lowest.startswith("lowest map_at_r: b (0.00), a (0.00)") or lowest.startswith("lowest map_at_r: a (0.00), b (0.00)")
     assert "d" not in lowest.removeprefix("lowest map_at_r")
     assert taken == "nearest is another class: a for b (2 of 2), b for a (2 of 2)"
+
+
+@pytest.mark.parametrize("test", [True, False])
+def test_the_table_gives_the_interval_of_what_was_judged_last(model, test):
+    results = judging.judge(model, data(Patterns()), test)
+    split = "test" if test else "val"
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(record.table({**judging.last_as("untrained", results), **results}))
+    lines = [line for line in console.export_text().splitlines() if line.strip()]
+    assert max(map(len, lines)) <= 80
+    place = next(row for row, line in enumerate(lines) if line.startswith(" validation" if split == "val" else " test"))
+    low, high = results[split].intervals["map_at_r"]
+    assert f"{low:.4f}" in lines[place + 1]
+    assert f"{high:.4f}" in lines[place + 2]
+    assert sum("95 %" in line for line in lines) == 1

@@ -285,7 +285,14 @@ def _copy(state: dict) -> dict:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's, without the version number of the logger."""
+    """Lightning's, with the loss, the share of tuples that the miner kept, and the last validation, in words short enough for a line."""
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict:
-        return {name: value for name, value in super().get_metrics(trainer, module).items() if name != "v_num"}
+        known = {**trainer.callback_metrics, **super().get_metrics(trainer, module)}
+        names = {"train/loss": "loss", "train/mined_fraction": "mined", "val/recall_at_1": "recall", "val/average_precision": "precision"}
+        shown = {name: float(known[key]) for key, name in names.items() if key in known}
+        if module.miner is None:
+            shown.pop("mined", None)
+        if "recall" in shown:  # of classes; the precision is of listed pairs
+            shown.pop("precision", None)
+        return shown

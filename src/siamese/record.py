@@ -94,7 +94,7 @@ def _version(package: str) -> str | None:
 
 
 def table(results: dict[str, EvaluationResult]):
-    """The final figures as a rich table that fits 80 columns: a row for each judged model, the untrained ones above."""
+    """The final figures as a rich table that fits 80 columns: a row for each judged model, the untrained ones above; and intervals."""
     from rich import box
     from rich.table import Table
 
@@ -109,6 +109,10 @@ def table(results: dict[str, EvaluationResult]):
             values = results[prefix].figures
             cells = [f"{values[name]:.{2 if name == 'omniglot_error' else 4}f}" if name in values else "" for name in shown]
             table.add_row(label, *cells, style="bold" if prefix.endswith("test") else "")
+            if prefix == "test" or (prefix == "val" and "test" not in results):
+                bounds = [results[prefix].intervals.get(name) for name in shown]
+                for row, end in enumerate(("  95 % from", "  to") if any(bounds) else ()):
+                    table.add_row(end, *(f"{bound[row]:.4f}" if bound else "" for bound in bounds), style="dim")
     return table
 
 
