@@ -341,9 +341,9 @@ def test_an_unknown_callback_in_a_list_is_refused_with_those_there_are():
 @pytest.mark.parametrize(
     ("miner", "metrics", "shown"),
     [
-        (object(), {"train/mined_fraction": 0.25, "val/recall_at_1": 0.5, "val/average_precision": 0.3}, {"mined": 0.25, "recall": 0.5}),
+        (object(), {"train/mined_fraction": 0.25, "val/recall_at_1": 0.5, "val/average_precision": 0.3}, {"mined": 0.25, "R@1": 0.5}),
         (None, {"train/mined_fraction": 1.0}, {}),
-        (None, {"val/average_precision": 0.3}, {"precision": 0.3}),
+        (None, {"val/average_precision": 0.3}, {"AP": 0.3}),
     ],
 )
 def test_the_progress_line_has_the_loss_what_was_mined_and_the_last_validation(miner, metrics, shown):

@@ -10,8 +10,11 @@ from pathlib import Path
 import lightning.pytorch as L
 import torch
 from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks.progress.rich_progress import ProcessingSpeedColumn
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn
 from torch import Tensor, nn
 
 from siamese.encoders import part_of
@@ -285,14 +288,20 @@ def _copy(state: dict) -> dict:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's, with the loss, the share of tuples that the miner kept, and the last validation, in words short enough for a line."""
+    """Lightning's, with the loss, the share of tuples that the miner kept, and the last validation, on a line of 80 columns."""
+
+    def configure_columns(self, trainer: L.Trainer) -> list:
+        columns = [column for column in super().configure_columns(trainer) if not isinstance(column, ProcessingSpeedColumn)]
+        for bar in (column for column in columns if isinstance(column, BarColumn)):
+            bar.bar_width = 40 if Console().width >= 120 else 5  # else the figures would be broken into lines
+        return columns
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict:
         known = {**trainer.callback_metrics, **super().get_metrics(trainer, module)}
-        names = {"train/loss": "loss", "train/mined_fraction": "mined", "val/recall_at_1": "recall", "val/average_precision": "precision"}
+        names = {"train/loss": "loss", "train/mined_fraction": "mined", "val/recall_at_1": "R@1", "val/average_precision": "AP"}
         shown = {name: float(known[key]) for key, name in names.items() if key in known}
         if module.miner is None:
             shown.pop("mined", None)
-        if "recall" in shown:  # of classes; the precision is of listed pairs
-            shown.pop("precision", None)
+        if "R@1" in shown:  # of classes; the average precision alone is of listed pairs
+            shown.pop("AP", None)
         return shown
