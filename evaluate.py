@@ -77,7 +77,7 @@ def evaluate(config: dict) -> dict[str, float]:
 
     started = time.perf_counter()
     plain = judging.raw(model, data.val)
-    raw, judged = judging.judge(plain, data, goal=goal), judging.judge(model, data, goal=goal)
+    raw, judged = judging.judge(plain, data, goal=goal), judging.judge(model, data, goal=goal, shown=True)
     results = {**judging.last_as("raw", raw), **(judged if ckpt else judging.last_as("untrained", judged))}
     for name, samples in others.items():
         for judge, row in ((plain, "raw"), (model, "test" if ckpt else "untrained")):

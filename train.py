@@ -85,7 +85,7 @@ def train(config: dict) -> dict[str, float]:
         started = time.perf_counter()
         best = trainer.checkpoint_callback.best_model_path
         model = Bundle.load(best, trust=trust)
-        results = {**untrained, **judging.judge(model, data, config["test"], goal)}
+        results = {**untrained, **judging.judge(model, data, config["test"], goal, shown=True)}
         model.save(out / "bundle.safetensors")
         CarefulCheckpointIO().save_checkpoint({**load_checkpoint(best), "decision": model.decision and model.decision.plain()}, best)
         seconds["evaluate"] += time.perf_counter() - started

@@ -1,15 +1,17 @@
 """The report: what it shows is what was found, of every kind of data, and a browser has nothing to complain about."""
 
+import html
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import urllib.request
-from html import unescape
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from pytorch_metric_learning.distances import CosineSimilarity
 
 from siamese import reporting
@@ -163,6 +165,36 @@ def test_other_data_sets_judged_too_are_columns_of_the_figures(tmp_path):
     assert f"{other.figures['map_at_r']:.4f}" in page
 
 
+def test_a_run_without_held_out_classes_has_a_page_without_a_threshold(fit, tmp_path, caplog):
+    fit(tmp_path / "run", "dataset.validation=0", "report=html")
+    assert "Traceback" not in caplog.text
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "ROC of test" in page
+    assert "the threshold is" not in page
+
+
+@pytest.mark.filterwarnings("error")
+def test_names_are_no_formulas_and_in_any_script(tmp_path):
+    embeddings, labels = space()
+    names = ["$\\frac{1$", "_hidden", "5 $", "\u6f22\u5b57", "\U0001f600", "plain"]
+    result = evaluate(embeddings, labels, COSINE, class_names=names)
+    write(tmp_path, {"test": result}, {})
+    chart = reporting.write(tmp_path).read_text().partition('id="space"')[2].partition("<figcaption>")[0]
+    legend = re.findall(r"<text[^>]*>(.*?)</text>", chart)
+    assert [html.unescape(text).lstrip("\u200b") for text in legend] == names
+
+
+def test_the_command_is_the_one_that_was_typed(tiny_run, tmp_path):
+    for name in ("results.npz", "metrics.json"):
+        shutil.copy(tiny_run / name, tmp_path)
+    (tmp_path / ".hydra").mkdir()
+    typed = ["dataset.path=" + "my photos " * 20, "dataset.test=[cat,dog]", "note='it''s'", "loss=triplet"]
+    OmegaConf.save(OmegaConf.create(typed), tmp_path / ".hydra" / "overrides.yaml")
+    OmegaConf.save(OmegaConf.create({"task": "evaluate"}), tmp_path / ".hydra" / "config.yaml")
+    command = re.search(r"<pre tabindex=\"0\"><code>(.*?)</code>", reporting.write(tmp_path).read_text(), re.DOTALL).group(1)
+    assert shlex.split(html.unescape(command)) == ["python", "evaluate.py", *typed]
+
+
 def test_the_hardest_pairs_are_those_that_a_loop_finds():
     those = samples("pairs")
     result = judged(those)
@@ -230,7 +262,7 @@ def test_the_figures_on_the_page_are_those_of_metrics_json(tiny_run):
             assert cell == "" if value is None else float(cell.replace(",", "")) == pytest.approx(value, abs=0.006)
         bounds = metrics.get(f"test/{name}_ci95")
         assert bounds is None or [float(end) for end in interval.split(" to ")] == pytest.approx(bounds, abs=6e-5)
-    command = unescape(re.search(r"<pre tabindex=\"0\"><code>(python .*?)</code>", page).group(1))
+    command = html.unescape(re.search(r"<pre tabindex=\"0\"><code>(python .*?)</code>", page).group(1))
     assert command.startswith("python train.py")
 
 

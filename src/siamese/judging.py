@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 _FITTED = ("threshold", "accuracy", "far", "frr", "calibration_error", "f1", "f1_threshold")
 
 
-def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error") -> dict[str, EvaluationResult]:
+def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error", shown: bool = False) -> dict[str, EvaluationResult]:
     """`val`, and with `test` also `test`, whose accuracy uses the threshold that was fitted on `val`.
 
     Where `val` is of classes that are trained on, neither it is given nor what goes by its threshold.
@@ -28,6 +28,7 @@ def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error") -> 
         data: has `val`, `test` and `source`, as `SiameseData` does.
         test: False never touches the test split.
         goal: of the threshold, see `siamese.decision.goal_rate`.
+        shown: of the last split, samples to look at are kept in the result, see `siamese.reporting.keep`.
     """
     results = {"val": judge_samples(model, data.val, None, goal=goal)}
     decision, known = Decision.of(goal, results["val"]), "val" in data.source.trained_on
@@ -42,7 +43,8 @@ def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error") -> 
         del results["val"]
         without_fitted(results.get("test"))
     model.decision = decision
-    for split, result in list(results.items())[-1:]:
+    if shown:
+        split, result = list(results.items())[-1]
         keep(result, getattr(data, split), getattr(model.reader, "entries", None))
     return results
 

@@ -8,7 +8,7 @@ import numpy as np
 from lightning.pytorch.loggers import WandbLogger
 
 from siamese.evaluation import EvaluationResult
-from siamese.reporting import HEADLINE, neighbours, pairs, recall_at, score_shares
+from siamese.reporting import headline, neighbours, pairs, recall_at, score_shares, thinned
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ def record_results(logger: WandbLogger, results: dict[str, EvaluationResult], fi
     def line(name: str, x: str, y: str, points: np.ndarray, title: str) -> None:
         run.log({f"{prefix}/{name}": wandb.plot.line(wandb.Table(columns=[x, y], data=points.tolist()), x, y, title=f"{title}, {prefix}")})
 
-    rows = np.linspace(0, len(result.far) - 1, min(len(result.far), 300)).astype(int)
+    rows = thinned(result.far)
     line("roc", "far", "tar", np.stack([result.far[rows], result.tar[rows]], 1), "ROC")
     if len(result.open_set):
         line("open_set", "false_alarms", "identified", result.open_set, "open set")
@@ -98,7 +98,7 @@ def record_results(logger: WandbLogger, results: dict[str, EvaluationResult], fi
     columns = ["class", "id", *(f"d{place}" for place in range(result.embeddings.shape[1]))]
     data = [[name, one, *vector] for name, one, vector in zip(named, ids, vectors, strict=True)]
     run.log({f"{prefix}/embeddings": wandb.Table(columns=columns, data=data)})
-    told = {f"{prefix}/{name}": result.figures[name] for name in HEADLINE if name in result.figures}
+    told = {f"{prefix}/{name}": result.figures[name] for name in headline(result.figures)}
     artifact = wandb.Artifact(f"checkpoint-{run.id}", "model", metadata=told)
     artifact.add_file(str(checkpoint), "best.ckpt")
     run.log_artifact(artifact, aliases=["best", f"seed-{run.config['seed']}"])

@@ -13,6 +13,7 @@ import numpy as np
 
 from siamese.evaluation import EvaluationResult
 from siamese.judging import figures
+from siamese.reporting import ROWS, headline
 
 PACKAGES = (
     "torch",
@@ -30,19 +31,6 @@ PACKAGES = (
     "transformers",
     "tokenizers",
 )
-_COLUMNS = (
-    "recall_at_1",
-    "map_at_r",
-    "auc",
-    "eer",
-    "accuracy",
-    "oneshot_20way",
-    "omniglot_error",
-    "average_precision",
-    "f1",
-    "triplet_accuracy",
-)
-_ROWS = {"raw": "raw input", "untrained": "untrained", "val": "validation", "test": "test"}
 
 
 def write_json(path: Path, content) -> None:
@@ -98,13 +86,12 @@ def table(results: dict[str, EvaluationResult]):
     from rich import box
     from rich.table import Table
 
-    every = {name for result in results.values() for name in result.figures}
-    shown = [name for name in _COLUMNS if name in every and (name != "average_precision" or "map_at_r" not in every)]
+    shown = headline(name for result in results.values() for name in result.figures)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for heading in ["", *shown]:
         table.add_column(heading.replace("_", "_\n", 1), justify="right" if heading else "left")
-    others = {prefix: " ".join([prefix.partition("/")[0], _ROWS[prefix.partition("/")[2]]]) for prefix in results if "/" in prefix}
-    for prefix, label in {**_ROWS, **others}.items():
+    others = {prefix: " ".join([prefix.partition("/")[0], ROWS[prefix.partition("/")[2]]]) for prefix in results if "/" in prefix}
+    for prefix, label in {**ROWS, **others}.items():
         if prefix in results:
             values = results[prefix].figures
             cells = [f"{values[name]:.{2 if name == 'omniglot_error' else 4}f}" if name in values else "" for name in shown]

@@ -14,11 +14,13 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from torch.nn.functional import interpolate
 
 from siamese.data.samples import Samples
@@ -27,25 +29,22 @@ from siamese.evaluation import EvaluationResult, higher_is_better
 
 log = logging.getLogger(__name__)
 QUERIES, NEIGHBOURS, SIDE, LETTERS = 8, 5, 64, 300
-MAPPED, COLOURED = 600, 8  # samples of the map, and its classes that have a colour
-HEADLINE = (
-    "map_at_r",
-    "recall_at_1",
-    "auc",
-    "eer",
-    "oneshot_20way",
-    "omniglot_error",
-    "average_precision",
-    "f1",
-    "triplet_accuracy",
-    "accuracy",
-)
-ROWS = {"raw": "raw input", "untrained": "untrained encoder", "val": "validation", "test": "test"}
+MAPPED, COLOURED = 400, 8  # samples of the map, and its classes that have a colour
+# The figures to look at first, in a table, on the page and beside an artifact.
+HEADLINE = ("recall_at_1", "map_at_r", "auc", "eer", "accuracy", "oneshot_20way", "omniglot_error", "average_precision", "f1")
+HEADLINE += ("triplet_accuracy",)
+ROWS = {"raw": "raw input", "untrained": "untrained", "val": "validation", "test": "test"}
 # Okabe and Ito 2008: told apart by colour-blind eyes too. On the page each is a variable, so that it suits light and dark.
 SAME, DIFFERENT, INK, FAINT, LINE = "#0072b2", "#d55e00", "#010101", "#020202", "#030303"
 THEMED = {SAME: "var(--same)", DIFFERENT: "var(--different)", INK: "var(--ink)", FAINT: "var(--faint)", LINE: "var(--line)"}
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f7f7f")
 MARKERS = "osD^vP*X"
+
+
+def headline(figures: Iterable[str]) -> list[str]:
+    """Those of HEADLINE that there are; the average precision only of listed pairs, which have no retrieval."""
+    there = set(figures)
+    return [name for name in HEADLINE if name in there and (name != "average_precision" or "map_at_r" not in there)]
 
 
 # --- what is looked at later, chosen while the samples are at hand
@@ -86,7 +85,7 @@ def mapped(result: EvaluationResult) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order), classes
 
 
-def keep(result: EvaluationResult, samples: Samples, describe=None) -> None:
+def keep(result: EvaluationResult, samples: Samples, describe: Callable[[torch.Tensor], str] | None = None) -> None:
     """Put into the result the samples that its views show: pictures of at most SIDE x SIDE, or what there is to read.
 
     Args:
@@ -94,7 +93,7 @@ def keep(result: EvaluationResult, samples: Samples, describe=None) -> None:
         describe: a row of a table, [D] -> its entries in words; numbers where there is none.
     """
     queries, gallery = (rows.numpy() for rows in samples.roles())
-    rows = [chosen for chosen in grids(result).values()]
+    rows = list(grids(result).values())
     apart = len(queries) if result.gallery_ids else 0
     near = [result.neighbours[chosen, :NEIGHBOURS].ravel() for chosen in rows]
     places, classes = mapped(result)
@@ -139,7 +138,8 @@ def _svg(figure, label: str) -> str:
     import matplotlib
 
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": label}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has a font that has it
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", text[text.index("<svg") :], flags=re.DOTALL)
@@ -184,11 +184,11 @@ def judged_rows(results: dict[str, EvaluationResult]) -> tuple[str, list[str]]:
 def roc(results: dict[str, EvaluationResult]) -> str:
     main, rows = judged_rows(results)
     figure, axes = _axes(xscale="log", xlabel="false-accept rate", ylabel="true-accept rate", ylim=(0, 1.02))
-    least = max(1 / max(results[main].pairs[1], 1), 1e-7) if results[main].pairs else 1e-5
+    least = _least_far(results[main])
     axes.set_xlim(least, 1)
     for prefix in rows:
         result, (style, colour) = results[prefix], STYLES[prefix]
-        some = _thinned(result.far)
+        some = thinned(result.far)
         axes.plot(
             result.far[some].clip(least / 10),
             result.tar[some],
@@ -200,13 +200,19 @@ def roc(results: dict[str, EvaluationResult]) -> str:
     label = f"ROC of {ROWS[main]}, area {figures['auc']:.4f}"
     if "far" in figures:
         point = (max(figures["far"], least), 1 - figures["frr"])
-        axes.plot(*point, "o", color=DIFFERENT, markersize=8, fillstyle="none", markeredgewidth=2, label="the threshold of validation")
+        axes.plot(*point, "o", color=DIFFERENT, markersize=8, fillstyle="none", markeredgewidth=2, label="threshold")
         label += f"; by the threshold {figures['far']:.2%} of different pairs are accepted and {figures['frr']:.2%} of same ones refused"
     _legend(axes)
     return _svg(figure, label)
 
 
-def _thinned(curve: np.ndarray, most: int = 300) -> np.ndarray:
+def _least_far(result: EvaluationResult) -> float:
+    """The left end of a ROC: one different pair, or a ten-millionth."""
+    return max(1 / max(result.pairs[1], 1), 1e-7) if result.pairs else 1e-5
+
+
+def thinned(curve: np.ndarray, most: int = 300) -> np.ndarray:
+    """At most so many rows of a curve, evenly spread, its ends among them."""
     return np.unique(np.linspace(0, len(curve) - 1, min(len(curve), most)).astype(int))
 
 
@@ -226,11 +232,12 @@ def histogram(result: EvaluationResult) -> str:
     for mass, colour, name in ((different, DIFFERENT, "different"), (same, SAME, "same")):
         axes.stairs(mass / max(mass.max(), 1e-12), edges, fill=True, color=colour, alpha=0.35, label=name)
         axes.stairs(mass / max(mass.max(), 1e-12), edges, color=colour)
-    axes.axvline(
-        result.figures["threshold"], color=INK, linestyle="--", linewidth=1.2, label=f"threshold {result.figures['threshold']:.3f}"
-    )
+    label = "Scores of same and of different pairs, each scaled to its highest bin"
+    if (threshold := result.figures.get("threshold")) is not None:  # none where the validation classes are trained on
+        axes.axvline(threshold, color=INK, linestyle="--", linewidth=1.2, label=f"threshold {threshold:.3f}")
+        label += f"; the threshold is {threshold:.3f}"
     _legend(axes)
-    return _svg(figure, "Scores of same and of different pairs, each scaled to its highest bin, with the threshold")
+    return _svg(figure, label)
 
 
 def recall(results: dict[str, EvaluationResult]) -> str:
@@ -304,15 +311,15 @@ def overlaid(lines: list[tuple[str, np.ndarray, np.ndarray]], label: str, **sett
     """A line for each run: its name and points; in the order and the colours of OVERLAID."""
     figure, axes = _axes(**settings)
     for (name, x, y), (colour, style) in zip(lines, OVERLAID, strict=False):
-        axes.plot(x, y, style, color=colour, label=_cut(name, 40), marker="." if len(x) < 30 else "")
+        axes.plot(x, y, style, color=colour, label=_plain(name, 40), marker="." if len(x) < 30 else "")
     _legend(axes, columns=1 if any(len(name) > 20 for name, *_ in lines) else 2)
     return _svg(figure, f"{label}: {'; '.join(name for name, *_ in lines[: len(OVERLAID)])}")
 
 
 def overlaid_rocs(results: list[tuple[str, EvaluationResult]]) -> str:
     lines = [(name, result.far.clip(1e-7), result.tar) for name, result in results]
-    lines = [(name, far[some], tar[some]) for name, far, tar in lines for some in [_thinned(far)]]
-    least = min((max(1 / max(result.pairs[1], 1), 1e-7) for _, result in results if result.pairs), default=1e-5)
+    lines = [(name, far[some], tar[some]) for name, far, tar in lines for some in [thinned(far)]]
+    least = min(_least_far(result) for _, result in results)
     scales = {"xscale": "log", "xlim": (least, 1), "ylim": (0, 1.02)}
     return overlaid(lines, "ROC", xlabel="false-accept rate", ylabel="true-accept rate", **scales)
 
@@ -334,7 +341,7 @@ def space(result: EvaluationResult) -> str:
     pictured = dict(zip(result.shown.tolist(), result.pictures, strict=False))
     for one, colour, marker in zip(classes, PALETTE, MARKERS, strict=False):
         some = labels == one
-        axes.scatter(*points[some].T, s=26, color=colour, marker=marker, linewidth=0, alpha=0.9, label=_cut(result.class_names[one], 24))
+        axes.scatter(*points[some].T, s=26, color=colour, marker=marker, linewidth=0, alpha=0.9, label=_plain(result.class_names[one], 24))
         first = some.nonzero()[0][0]
         if (picture := pictured.get(int(rows[first]))) is not None:
             picture = picture.transpose(1, 2, 0)
@@ -348,6 +355,11 @@ def space(result: EvaluationResult) -> str:
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _plain(text: str, most: int) -> str:
+    """A name in a legend, which is no formula, and is there whatever it begins with."""
+    return "\u200b" * text.startswith("_") + _cut(text, most).replace("$", r"\$")
 
 
 # --- the page
@@ -416,12 +428,9 @@ def pairs(result: EvaluationResult) -> list[tuple[str, list[list[dict]]]]:
     return found
 
 
-def headline(results: dict[str, EvaluationResult], metrics: dict) -> list[dict]:
+def cards(results: dict[str, EvaluationResult], metrics: dict) -> list[dict]:
     """A figure, its interval, and what it was before training, as `metrics.json` has them."""
     main, rows = judged_rows(results)
-    chosen = [name for name in HEADLINE if f"{main}/{name}" in metrics]
-    if "map_at_r" in chosen and "average_precision" in chosen:
-        chosen.remove("average_precision")
     return [
         {
             "name": name,
@@ -430,7 +439,7 @@ def headline(results: dict[str, EvaluationResult], metrics: dict) -> list[dict]:
             "higher": higher_is_better(name),
             "before": [(ROWS[prefix], metrics[f"{prefix}/{name}"]) for prefix in rows[:-1] if f"{prefix}/{name}" in metrics],
         }
-        for name in chosen
+        for name in headline(results[main].figures)
     ]
 
 
@@ -494,9 +503,8 @@ def write(run: str | os.PathLike) -> Path:
         with (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
             logged = list(csv.DictReader(file))
     read = lambda name: (run / name).read_text(encoding="utf-8") if (run / name).is_file() else ""  # noqa: E731
-    overrides = [line[2:] for line in read(".hydra/overrides.yaml").splitlines() if line.startswith("- ")]
-    overrides = [line[1:-1].replace("''", "'") if line[:1] == line[-1:] == "'" else line for line in overrides]
-    script = "train.py" if logged else "evaluate.py"
+    overrides = yaml.safe_load(read(".hydra/overrides.yaml")) or []
+    script = f"{(yaml.safe_load(read('.hydra/config.yaml')) or {}).get('task', 'train')}.py"
     provenance = json.loads(read("provenance.json") or "{}")
     return render(
         run / "report.html",
@@ -505,7 +513,7 @@ def write(run: str | os.PathLike) -> Path:
         main=ROWS[main],
         split=main,
         listed=listed,
-        headline=headline(results, metrics),
+        cards=cards(results, metrics),
         figures=[
             (name, [metrics.get(f"{prefix}/{name}") for prefix in columns], metrics.get(f"{main}/{name}_ci95")) for name in result.figures
         ],
