@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from siamese import protocols
 from siamese.distances import LearnedDistance
-from siamese.protocols import METHODS, fewshot, identify, oneshot_error
+from siamese.protocols import METHODS, fewshot, identify, oneshot_by_ways, oneshot_error
 
 COSINE, SPHERE, PLAIN, CITY = CosineSimilarity(), LpDistance(), LpDistance(normalize_embeddings=False), LpDistance(p=1)
 LEARNED, LEARNED_UNIT = (LearnedDistance(6, unit).requires_grad_(False) for unit in (False, True))
@@ -276,6 +276,16 @@ def test_classes_without_a_sample_to_spare_cannot_be_asked_about():
 
 
 # One-shot runs
+
+
+@DISTANCES
+def test_accuracy_by_ways_is_its_expectation_and_of_the_most_that_of_those_questions(distance):
+    embeddings, labels = clusters(60, 12)
+    shares = oneshot_by_ways(embeddings, labels, distance, [2, 5, 12], episodes=20_000)
+    for ways, share in zip((2, 5, 12), shares, strict=True):
+        assert share == pytest.approx(expected_fewshot(embeddings, labels, distance, ways, 1, "nearest"), abs=0.015)
+    assert shares[2] == fewshot(embeddings, labels, distance, 12, episodes=20_000)[0].double().mean().item()
+    assert shares[0] > shares[1] > shares[2]
 
 
 def test_oneshot_error_counts_wrong_answers_and_ties_in_percent():

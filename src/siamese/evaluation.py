@@ -27,7 +27,7 @@ from siamese._walk import NEIGHBOURS, Found, Ranks, step_of, walk
 from siamese.decision import calibrate, calibration_error, goal_rate
 from siamese.distances import pair_scores
 from siamese.intervals import mean_interval, pair_intervals
-from siamese.protocols import fewshot, open_set
+from siamese.protocols import fewshot, oneshot_by_ways, open_set
 
 RECALL_AT = (1, 5, 10)
 FAR_EXPONENTS = (2, 3, 4, 5, 6)
@@ -227,12 +227,10 @@ def evaluate(
             if certainty:
                 intervals[name] = mean_interval(right, asked)
     curve_of_strangers, oneshot = np.zeros((0, 2)), []
-    if certainty and not gallery and counts.max() > 1:
-        for way in WAYS_CURVE if ways else ():
-            if way <= len(counts):
-                known = figures.get(f"oneshot_{way}way")
-                right = fewshot(embeddings, labels, distance, way, seed=seed)[0].double().mean().item() if known is None else known
-                oneshot.append((way, right))
+    asked = [way for way in WAYS_CURVE if way <= len(counts)]
+    if ways and certainty and not gallery and counts.max() > 1:
+        shares = oneshot_by_ways(embeddings, labels, distance, asked, seed=seed)
+        oneshot = [(way, figures.get(f"oneshot_{way}way", share)) for way, share in zip(asked, shares, strict=True)]
     if ways and not gallery and int((counts > 1).sum()) > 1:
         identified, left_out, curve_of_strangers = open_set(embeddings, labels, distance, seed)
         figures |= identified

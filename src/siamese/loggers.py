@@ -11,6 +11,7 @@ from siamese.evaluation import EvaluationResult
 from siamese.reporting import headline, neighbours, pairs, recall_at, score_shares, thinned
 
 log = logging.getLogger(__name__)
+CELLS = 2**17  # of the table of embeddings, 2,000 rows of 64: W&B looks at each, a second in all
 
 
 def wandb_logger(
@@ -92,9 +93,10 @@ def record_results(logger: WandbLogger, results: dict[str, EvaluationResult], fi
         width = max(len(line) for _, line in shown)
         columns = ["why", "query", *(f"nearest {place}" for place in range(1, width))]
         run.log({f"{prefix}/neighbours": wandb.Table(columns=columns, data=[[title, *cells(line)] for title, line in shown])})
-    named = [result.class_names[label] if label >= 0 else "" for label in result.labels[result.sampled]]
-    ids = [result.ids[row] for row in result.sampled]
-    vectors = result.embeddings.astype(np.float64).round(4).tolist()
+    some = result.sampled[: CELLS // max(result.embeddings.shape[1], 1)]
+    named = [result.class_names[label] if label >= 0 else "" for label in result.labels[some]]
+    ids = [result.ids[row] for row in some]
+    vectors = result.embeddings[: len(some)].astype(np.float64).round(4).tolist()
     columns = ["class", "id", *(f"d{place}" for place in range(result.embeddings.shape[1]))]
     data = [[name, one, *vector] for name, one, vector in zip(named, ids, vectors, strict=True)]
     run.log({f"{prefix}/embeddings": wandb.Table(columns=columns, data=data)})

@@ -57,23 +57,48 @@ def fewshot(
         raise ValueError(f"a question needs two ways, one shot and one episode at least, not {ways}, {shots} and {episodes}")
     labels = labels.cpu()
     query, support = _questions(labels, ways, shots, episodes, torch.Generator().manual_seed(seed))
+    level = _levels(embeddings, query, support, distance, method)
+    return (level[:, :1] > level[:, 1:]).all(1), labels[query]
+
+
+@torch.no_grad()
+def oneshot_by_ways(
+    embeddings: Tensor, labels: Tensor, distance: Module, ways: list[int], *, episodes: int = 4_000, seed: int = 0
+) -> list[float]:
+    """The share of one-shot questions answered right, for each of these numbers of ways: questions of the most, and of their first classes.
+
+    Args:
+        embeddings, labels, episodes, seed: see `fewshot`.
+
+    Raises:
+        ValueError: fewer classes than the most ways, or no class with two samples.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    query, support = _questions(labels.cpu(), max(ways), 1, episodes, generator)
+    level = _levels(embeddings, query, support, distance, "nearest")
+    order = torch.rand(episodes, max(ways) - 1, generator=generator).argsort(1)  # every set is drawn equally often, but not every order
+    best = level[:, 1:].gather(1, order).cummax(1).values  # of the other classes so far
+    return [(level[:, 0] > best[:, number - 2]).double().mean().item() for number in ways]
+
+
+def _levels(embeddings: Tensor, query: Tensor, support: Tensor, distance: Module, method: str) -> Tensor:
+    """float64 [E, ways] on the CPU: rounded scores of the queries, rows int64 [E], with the classes of their supports [E, ways, shots]."""
+    episodes, ways, shots = support.shape
     levels = Levels(distance, [embeddings], Ranks())
-    if (shots == 1 or method == "nearest") and len(labels) ** 2 <= _FEW * support.numel():
+    if (shots == 1 or method == "nearest") and len(embeddings) ** 2 <= _FEW * support.numel():
         every = _ready(embeddings, levels)
         rows = every.split(max(1, _SCORES // every.numel()))
         level = torch.cat([(scores(distance, some, every) / levels.step).round_().cpu() for some in rows])
-        level = level[query[:, None, None], support].amax(2)
-        return (level[:, :1] > level[:, 1:]).all(1), labels[query]
+        return level[query[:, None, None], support].amax(2)
     size = max(1, _GATHERED // (ways * shots * embeddings.shape[1]))
     # Made beforehand: small tensors that stay between the large ones that go would keep the memory from being used again.
-    right = torch.empty(episodes, dtype=torch.bool)
-    for queries, supports, answers in zip(query.split(size), support.split(size), right.split(size), strict=True):
+    found = torch.empty(episodes, ways, dtype=torch.float64)
+    for queries, supports, level in zip(query.split(size), support.split(size), found.split(size), strict=True):
         asked, shown = (_ready(embeddings[rows.to(embeddings.device)], levels) for rows in (queries, supports))
         if method == "prototype" and shots > 1:
             shown = distance.maybe_normalize(shown.flatten(0, 2)).view_as(shown).mean(2, keepdim=True)
-        level = (levels.each(asked, shown.flatten(1, 2)) / levels.step).round_().view(shown.shape[:3]).amax(2)
-        answers.copy_((level[:, :1] > level[:, 1:]).all(1))
-    return right, labels[query]
+        level.copy_((levels.each(asked, shown.flatten(1, 2)) / levels.step).round_().view(shown.shape[:3]).amax(2))
+    return found
 
 
 def _questions(labels: Tensor, ways: int, shots: int, episodes: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
