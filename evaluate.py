@@ -77,8 +77,9 @@ def evaluate(config: dict) -> dict[str, float]:
 
     started = time.perf_counter()
     plain = judging.raw(model, data.val)
-    raw, judged = judging.judge(plain, data, goal=goal), judging.judge(model, data, goal=goal, shown=True)
-    results = {**judging.last_as("raw", raw), **(judged if ckpt else judging.last_as("untrained", judged))}
+    raw = judging.judge(plain, data, goal=goal, last=True)
+    judged = judging.judge(model, data, goal=goal, shown=True, last=not ckpt)
+    results = {"raw": raw["test"], **(judged if ckpt else {"untrained": judged["test"]})}
     for name, samples in others.items():
         for judge, row in ((plain, "raw"), (model, "test" if ckpt else "untrained")):
             result = judging.judge_samples(judge, samples, judge.decision)

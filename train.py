@@ -65,11 +65,9 @@ def train(config: dict) -> dict[str, float]:
     try:
         trainer, wandb_logger = make_trainer(config, provenance, module.model.encoder)
         started = time.perf_counter()
-        if trainer.is_global_zero:
-            untrained = {
-                **judging.last_as("raw", judging.judge(judging.raw(module.model, data.val), data, config["test"], goal)),
-                **judging.last_as("untrained", judging.judge(module.model, data, config["test"], goal)),
-            }
+        before = {}
+        if trainer.is_global_zero and config["baselines"]:
+            before = judging.baselines(module.model, data, config["test"], goal)
         seconds["evaluate"] += time.perf_counter() - started
 
         started = time.perf_counter()
@@ -85,7 +83,7 @@ def train(config: dict) -> dict[str, float]:
         started = time.perf_counter()
         best = trainer.checkpoint_callback.best_model_path
         model = Bundle.load(best, trust=trust)
-        results = {**untrained, **judging.judge(model, data, config["test"], goal, shown=True)}
+        results = {**before, **judging.judge(model, data, config["test"], goal, shown=True)}
         model.save(out / "bundle.safetensors")
         CarefulCheckpointIO().save_checkpoint({**load_checkpoint(best), "decision": model.decision and model.decision.plain()}, best)
         seconds["evaluate"] += time.perf_counter() - started

@@ -28,7 +28,7 @@ import numpy as np
 FIGURES = ["map_at_r", "recall_at_1", "auc", "eer", "oneshot_20way", "omniglot_error"]
 PER_CLASS = ("recall_at_1", "map_at_r")  # results.npz holds their means over the queries of each class
 LEVEL = 0.05
-UNCOMPARED = ("paths", "search", "cluster", "report")  # how and where a run was made
+UNCOMPARED = ("paths", "search", "cluster", "report", "baselines")  # how and where a run was made
 PICTURES, DRAWN = (".png", ".pdf", ".svg"), 40  # and the rows of a table that have room in one
 
 

@@ -27,7 +27,7 @@ CLASSWISE = "augmentation.classwise"
 def budget(epochs: int) -> list[str]:
     return [
         *("experiment=omniglot_record", "dataset.background=small1", "dataset.validation=others", "test=false", "leakage=off", "check=off"),
-        *("logger=none", "report=none", f"trainer.max_epochs={epochs}", f"trainer.check_val_every_n_epoch={epochs}"),
+        *("logger=none", "report=none", "baselines=false", f"trainer.max_epochs={epochs}", f"trainer.check_val_every_n_epoch={epochs}"),
     ]
 
 

@@ -241,8 +241,25 @@ def test_figures_carry_the_name_of_their_row():
     val = SimpleNamespace(figures={"auc": 0.5, "eer": 0.4}, intervals={"auc": [0.45, 0.55]})
     results = {"val": val, "test": SimpleNamespace(figures={"auc": 0.6}, intervals={})}
     assert dict(judging.figures(results)) == {"val/auc": 0.5, "val/auc_ci95": [0.45, 0.55], "val/eer": 0.4, "test/auc": 0.6}
-    assert judging.last_as("raw", results) == {"raw": results["test"]}
-    assert judging.last_as("raw", {"val": results["val"]}) == {"raw": results["val"]}
+
+
+def test_the_last_split_alone_is_the_same_as_with_the_others(model):
+    both, last = judging.judge(model, data(Patterns())), judging.judge(model, data(Patterns()), last=True)
+    assert list(last) == ["test"]
+    assert last["test"].figures == both["test"].figures
+    assert last["test"].intervals == both["test"].intervals
+    alone = judging.judge(model, data(Patterns()), test=False, last=True)
+    assert list(alone) == ["val"]
+    assert alone["val"].figures == both["val"].figures
+
+
+@pytest.mark.parametrize("test", [True, False])
+def test_what_stands_beside_a_model_is_the_raw_input_and_itself(model, test):
+    given, split = data(Patterns()), "test" if test else "val"
+    rows = judging.baselines(model, given, test, "equal_error")
+    assert list(rows) == ["raw", "untrained"]
+    assert rows["untrained"].figures == judging.judge(model, given, test)[split].figures
+    assert rows["raw"].figures == judging.judge(judging.raw(model, given.val), given, test)[split].figures
 
 
 def test_watched_are_all_samples_of_as_many_fixed_classes_and_none_else(model):
@@ -291,7 +308,7 @@ def test_the_table_gives_the_interval_of_what_was_judged_last(model, test):
     results = judging.judge(model, data(Patterns()), test)
     split = "test" if test else "val"
     console = Console(width=80, record=True, file=io.StringIO())
-    console.print(record.table({**judging.last_as("untrained", results), **results}))
+    console.print(record.table({"untrained": list(results.values())[-1], **results}))
     lines = [line for line in console.export_text().splitlines() if line.strip()]
     assert max(map(len, lines)) <= 80
     place = next(row for row, line in enumerate(lines) if line.startswith(" validation" if split == "val" else " test"))

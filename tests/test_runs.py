@@ -98,6 +98,14 @@ def test_the_final_figures_are_flat_and_have_the_names_of_the_contract(default_r
     assert {key for key in found if key.startswith("seconds/")} == {"seconds/fit", "seconds/evaluate"}
 
 
+def test_without_baselines_a_run_finds_the_same_of_its_model_and_has_a_page(fit, tiny_run, tmp_path):
+    fit(tmp_path / "run", "baselines=false", "report=html")
+    left_out = ("raw/", "untrained/", "seconds/")
+    assert metrics(tmp_path / "run").items() >= {k: v for k, v in metrics(tiny_run).items() if not k.startswith(left_out)}.items()
+    assert not any(key.startswith(left_out[:2]) for key in metrics(tmp_path / "run"))
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
 def test_a_figure_that_cannot_be_computed_is_absent_and_the_log_says_why(default_run):
     assert "test/tar_at_far_1e6" not in metrics(default_run)
     assert "tar_at_far_1e6 is left out" in (default_run / "train.log").read_text()

@@ -18,7 +18,9 @@ log = logging.getLogger(__name__)
 _FITTED = ("threshold", "accuracy", "far", "frr", "calibration_error", "f1", "f1_threshold")
 
 
-def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error", shown: bool = False) -> dict[str, EvaluationResult]:
+def judge(
+    model: Bundle, data, test: bool = True, goal: str = "equal_error", shown: bool = False, last: bool = False
+) -> dict[str, EvaluationResult]:
     """`val`, and with `test` also `test`, whose accuracy uses the threshold that was fitted on `val`.
 
     Where `val` is of classes that are trained on, neither it is given nor what goes by its threshold.
@@ -29,23 +31,27 @@ def judge(model: Bundle, data, test: bool = True, goal: str = "equal_error", sho
         test: False never touches the test split.
         goal: of the threshold, see `siamese.decision.goal_rate`.
         shown: of the last split, samples to look at are kept in the result, see `siamese.reporting.keep`.
+        last: only the last split is given, and of the other no more is found out than its threshold.
     """
-    results = {"val": judge_samples(model, data.val, None, goal=goal)}
-    decision, known = Decision.of(goal, results["val"]), "val" in data.source.trained_on
+    results, decision, f1_threshold = {}, None, None
+    known = "val" in data.source.trained_on
+    if not known:
+        results["val"] = judge_samples(model, data.val, None, goal=goal, fully=not (test and last))
+        decision, f1_threshold = Decision.of(goal, results["val"]), results["val"].figures.get("f1_threshold")
     if test:
-        results["test"] = judge_samples(model, data.test, decision, results["val"].figures.get("f1_threshold"))
-    for split, result in results.items():
-        runs = [_embed_run(model, *run) for run in data.source.oneshot_runs(split)]
-        if runs:
-            result.figures["omniglot_error"] = oneshot_error(runs, model.distance)
+        results["test"] = judge_samples(model, data.test, decision, f1_threshold)
     if known:
-        decision = None
-        del results["val"]
         without_fitted(results.get("test"))
     model.decision = decision
+    *_, split = results
+    if last:
+        results = {split: results[split]}
+    for name, result in results.items():
+        runs = [_embed_run(model, *run) for run in data.source.oneshot_runs(name)]
+        if runs:
+            result.figures["omniglot_error"] = oneshot_error(runs, model.distance)
     if shown:
-        split, result = list(results.items())[-1]
-        keep(result, getattr(data, split), getattr(model.reader, "entries", None))
+        keep(results[split], getattr(data, split), getattr(model.reader, "entries", None))
     return results
 
 
@@ -102,15 +108,23 @@ def raw(model: Bundle, samples: Samples) -> Bundle:
     return Bundle(parts, trust=tuple(part["_target_"].partition(".")[0] for part in parts.values()))  # trusted already: the model holds it
 
 
-def last_as(row: str, results: dict[str, EvaluationResult]) -> dict[str, EvaluationResult]:
-    """The last split judged, under the name of a row such as `untrained`."""
-    return {row: list(results.values())[-1]}
+def baselines(model: Bundle, data, test: bool, goal: str) -> dict[str, EvaluationResult]:
+    """The rows beside a trained model, on the last split: `raw`, of the inputs themselves, and `untrained`, of the model as it is now."""
+    rows = {"raw": raw(model, data.val), "untrained": model}
+    return {row: result for row, one in rows.items() for result in judge(one, data, test, goal, last=True).values()}
 
 
 def judge_samples(
-    model: Bundle, samples: Samples, decision: Decision | None, f1_threshold: float | None = None, goal: str = "equal_error"
+    model: Bundle,
+    samples: Samples,
+    decision: Decision | None,
+    f1_threshold: float | None = None,
+    goal: str = "equal_error",
+    fully: bool = True,
 ) -> EvaluationResult:
     """One split, by thresholds that were fitted on other samples; None fits them here, to this goal.
+
+    Unless `fully`, no few-shot questions are asked of classes, and there are no intervals.
 
     Judged are the pairs or triplets that it lists, if it does, or its queries against its gallery, where it has these.
     """
@@ -121,6 +135,7 @@ def judge_samples(
     if samples.tuples is not None:
         listed = samples.tuples._asdict()
         return evaluate_tuples(embeddings, distance=model.distance, ids=samples.ids, f1_threshold=f1_threshold, **listed, **fitted)
+    brief = {} if fully else {"ways": (), "certainty": False}
     labels, gallery, names = samples.labels, None, {"ids": samples.ids, "class_names": samples.class_names}
     if samples.gallery is not None:
         queries, held = samples.roles()
@@ -129,7 +144,7 @@ def judge_samples(
     with Progress(transient=True, disable=len(samples) < 10_000 or not Console().is_terminal) as bar:
         task = bar.add_task("judging", total=1.0)
         tell = lambda share: bar.update(task, completed=share)  # noqa: E731
-        return evaluate(embeddings, labels, model.distance, gallery=gallery, progress=tell, **fitted, **names)
+        return evaluate(embeddings, labels, model.distance, gallery=gallery, progress=tell, **fitted, **names, **brief)
 
 
 def _embed_run(model: Bundle, queries: Samples, supports: Samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
