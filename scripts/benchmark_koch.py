@@ -39,7 +39,7 @@ def official(folder: Path) -> list[dict]:
 def quick() -> list[dict]:
     """At 73 x 73, which a CPU trains four times as fast. Minutes teach it to tell pairs apart, not yet to name one of twenty."""
     small = ["dataset.background=small1", "dataset.size=73", "trainer.max_epochs=12", "trainer.check_val_every_n_epoch=12"]
-    figures, seconds = run("experiment=koch", "test=false", *small)
+    figures, seconds, _ = run("experiment=koch", "test=false", *small)
     return [
         row("koch small1 val auc", figures["val/auc"], round(figures["untrained/auc"] + 0.02, 4)),
         row("koch small1 command to prompt", seconds, 480.0, "s"),

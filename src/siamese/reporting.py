@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shlex
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -467,8 +468,9 @@ def report(run: Path, mode: str) -> None:
     """What a run does at its end: all else of it is written, so that a page that fails costs nothing but itself, and the log says so."""
     if mode == "none":
         return
+    started = time.perf_counter()
     try:
-        log.info("report: %s", os.path.relpath(write(run)))
+        log.info("report: %s, %.1f s", os.path.relpath(write(run)), time.perf_counter() - started)
     except Exception:
         log.exception("the report failed, all else of the run is there: python scripts/report.py %s", os.path.relpath(run))
 
