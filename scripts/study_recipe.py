@@ -138,7 +138,8 @@ def verdict(found: dict) -> str:
 
 
 def page(found: dict) -> str:
-    seeds = max(len(rows) for rows in found.values())
+    counts = [len(rows) for rows in found.values()]
+    seeds = " to ".join(dict.fromkeys(map(str, (min(counts), max(counts)))))
     return f"""# What the Omniglot recipe is made of
 
 `experiment=omniglot_record` with one thing changed at a time, on five alphabets (`small1`), {EPOCHS * 22} steps of 128 drawings at most,

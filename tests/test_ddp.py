@@ -85,12 +85,14 @@ def curve(run, name: str) -> list[float]:
 def test_ranks_started_from_outside_leave_one_run(ranks, tiny, tmp_path):
     run = tmp_path / "runs" / "one"
     frozen = ("callbacks=freeze", "callbacks.freeze.parts=[layers.0]")  # weights without a gradient, which DDP has to be told of
-    done = ranks(2, "train.py", "trainer=ddp_cpu", *tiny, *frozen, f"paths.output_dir={run}", "resume=auto")
+    logged = [*(override for override in tiny if override != "logger=none"), "logger=wandb"]
+    done = ranks(2, "train.py", "trainer=ddp_cpu", *logged, *frozen, f"paths.output_dir={run}", "resume=auto")
     assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
     assert (done[1].out + done[1].err).strip() == "", "the first rank speaks for all"
     assert list((tmp_path / "runs").iterdir()) == [run]
     expected = {".hydra", "train.log", "checkpoints", "bundle.safetensors", "metrics.csv", "metrics.json", "results.npz", "provenance.json"}
-    assert {path.name for path in run.iterdir()} == expected
+    assert {path.name for path in run.iterdir()} == {*expected, "wandb"}
+    assert len(list(tmp_path.rglob("run-*.wandb"))) == 1
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     figures = json.loads((run / "metrics.json").read_text())
     # What ranks that share the samples found while training is what one process finds that has all of them.

@@ -166,6 +166,7 @@ def _axes(width: float = 4.6, height: float = 3.4, **settings):
     axes.set(**settings)
     axes.xaxis.label.set(color=FAINT, size=9)
     axes.yaxis.label.set(color=FAINT, size=9)
+    axes.yaxis.labelpad = 8  # a browser's digits may be wider than matplotlib's
     return figure, axes
 
 
