@@ -1,83 +1,105 @@
-"""Draw what a run found on test: nearest neighbours of random queries, and the ROC beside that of the raw input.
+"""Take the README's pictures: pages of real runs, as Chromium shows them.
 
-python scripts/draw.py logs/train/runs/<stamp> --to docs/result.png
+    python scripts/draw.py                  # trains what is not below --runs yet, a quarter of an hour, and writes them into docs/
+    python scripts/draw.py --model FOLDER   # with an encoder of texts that is at hand; the default is a download
+
+The questions of CLINC150 lie in SIAMESE_DATA_DIR (`python scripts/download.py clinc150`).
 """
 
 import argparse
+import io
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
-SHOWN = 9
-SAME, DIFFERENT = "#0072B2", "#D55E00"  # blue and vermilion: told apart by colour-blind eyes too (Okabe and Ito 2008)
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = ["dataset=clinc150", "encoder=transformer", "encoder.frozen=true", "encoder.embedding_size=128", "augmentation=none"]
+# Run -> its overrides; a comparison is of the runs of a sweep.
+RUNS = {
+    "letters": ["seed=0"],
+    "texts": [*TEXTS, "seed=0", "leakage=off", "trainer.max_epochs=5"],
+    "comparison": ["-m", "loss=triplet", "miner=all,semihard,hard,batch_hard", "seed=0,1"],
+}
+# Picture -> run, the element it begins with (none: the top of the page), width and height in pixels of a page.
+PICTURES = {
+    "report": ("letters", None, 1160, 1110),
+    "gallery_letters": ("letters", "<h3>The most confident mistakes", 620, 490),
+    "gallery_texts": ("texts", "<h3>The most confident mistakes", 620, 490),
+    "gallery_comparison": ("comparison", '<h2 id="table-1"', 960, 690),
+}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
 
-def draw(run: Path, to: Path, seed: int = 0) -> None:
-    import json
+def cut(page: str, start: str | None) -> str:
+    """The page from some element of it on, without what is above that; all of it where none is given.
 
-    import matplotlib
-    import numpy as np
-    from hydra.utils import instantiate
-    from omegaconf import OmegaConf
+    Raises ValueError when it has no such element.
+    """
+    if start is None:
+        return page
+    head, _, content = page.partition("<body>")
+    if start not in content:
+        raise ValueError(f"the page has no {start!r}")
+    return f"{head}<body><main>{content[content.index(start) :]}"
 
-    from siamese.evaluation import EvaluationResult
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+def photograph(page: str, to: Path, width: int, height: int, scale: float = 1.0) -> None:
+    """Write what a browser shows of a page, [height * scale, width * scale] pixels of 256 colours, as a PNG; atomically.
 
-    results = EvaluationResult.load(run / "results.npz")
-    result, figures = results["test"], json.loads((run / "metrics.json").read_text())
-    samples = instantiate(OmegaConf.load(run / ".hydra" / "config.yaml").dataset).split("test")
-    rows, gallery = samples.roles()
-    if samples.kind != "images" or samples.tuples is not None:
-        sys.exit(f"error: {run} was judged on {samples}: neighbours are drawn of images with classes")
-    queries = np.random.default_rng(seed).choice(len(rows), SHOWN, replace=False)
+    Raises ValueError when there is no Chromium.
+    """
+    from PIL import Image
 
-    figure = plt.figure(figsize=(10, 4.6), dpi=110, layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=[1, 1.15])
-    axes = left.subplots(SHOWN, 7, gridspec_kw={"width_ratios": [1, 0.25, 1, 1, 1, 1, 1]})
-    left.suptitle("letters never seen and their nearest neighbours\n(blue: the same letter, dashed: another)", fontsize=10)
-    for row, query in enumerate(queries):
-        for column, axis in enumerate(axes[row]):
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if column == 1:
-                axis.axis("off")
-                continue
-            item = rows[query] if column == 0 else gallery[result.neighbours[query, column - 2]]
-            axis.imshow(255 - samples.inputs[item, 0].numpy(), cmap="gray", vmin=0, vmax=255)
-            same = samples.labels[item] == samples.labels[rows[query]]
-            for spine in axis.spines.values():
-                spine.set_color("#888888" if column == 0 else SAME if same else DIFFERENT)
-                spine.set_linewidth(1 if column == 0 else 2)
-                spine.set_linestyle("-" if same else "--")
-
-    axis = right.subplots()
-    for prefix, label, style in (("raw", "raw input", ":"), ("untrained", "untrained encoder", "--"), ("test", "trained", "-")):
-        curve = results[prefix]
-        axis.plot(
-            curve.far.clip(1e-6),
-            curve.tar,
-            style,
-            label=f"{label}, AUC {figures[f'{prefix}/auc']:.3f}",
-            color="#333333" if style != "-" else SAME,
-        )
-    axis.set(xscale="log", xlim=(1e-5, 1), ylim=(0, 1), xlabel="false-accept rate", ylabel="true-accept rate")
-    pairs = len(samples) * (len(samples) - 1) // 2 if samples.gallery is None else len(rows) * len(gallery)
-    axis.set_title(f"same letter or not, all {pairs:,} pairs of test", fontsize=10)
-    axis.grid(alpha=0.25)
-    right.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    to.parent.mkdir(parents=True, exist_ok=True)
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise ValueError(f"none of {', '.join(BROWSERS)} is on the PATH: pictures of pages are taken with Chromium")
+    with tempfile.TemporaryDirectory() as folder:
+        file, picture = Path(folder, "page.html"), Path(folder, "picture.png")
+        file.write_text(page, encoding="utf-8")
+        switches = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "hide-scrollbars"]
+        switches += [f"user-data-dir={folder}/profile", f"window-size={width},{height}", f"force-device-scale-factor={scale}"]
+        command = [browser, *(f"--{one}" for one in switches), f"--screenshot={picture}", file.as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        buffer = io.BytesIO()
+        Image.open(picture).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
     partial = to.with_name(f"{to.name}.part")
-    figure.savefig(partial, format="png")
+    partial.write_bytes(buffer.getvalue())
     os.replace(partial, to)
 
 
-if __name__ == "__main__":
+def page_of(run: Path, overrides: list[str]) -> Path:
+    """The report of a run, or the comparison of a sweep, after making what is not there."""
+    page = run / ("comparison.html" if "-m" in overrides else "report.html")
+    if not page.is_file():
+        place = os.path.relpath(run, ROOT)  # the page tells the command
+        place = f"hydra.sweep.dir={place}" if "-m" in overrides else f"paths.output_dir={place}"
+        command = [[sys.executable, "train.py", *overrides, "logger=none", place]]
+        if "-m" in overrides:
+            command.append([sys.executable, "scripts/compare.py", str(run), "--html", str(page)])
+        for one in command:
+            if subprocess.run(one, cwd=ROOT).returncode:
+                sys.exit(f"error: {' '.join(one)} failed, see above")
+    return page
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="a directory that train.py wrote, with test=true")
-    parser.add_argument("--to", type=Path, default=Path("docs/result.png"))
+    parser.add_argument("--runs", type=Path, default=ROOT / "logs" / "pictures", metavar="DIR", help="where the runs are kept")
+    parser.add_argument("--to", type=Path, default=ROOT / "docs", metavar="DIR", help="where the pictures go")
+    parser.add_argument("--model", metavar="FOLDER", help="an encoder of texts, by its folder or name")
     arguments = parser.parse_args()
-    if not (arguments.run / "results.npz").is_file():
-        sys.exit(f"error: {arguments.run} holds no results.npz: give the directory of a finished run")
-    draw(arguments.run, arguments.to)
+    if arguments.model:
+        RUNS["texts"].append(f"encoder.model={os.path.abspath(arguments.model)}")
+    for name, (run, start, width, height) in PICTURES.items():
+        page = page_of((arguments.runs / run).resolve(), RUNS[run])
+        try:
+            photograph(cut(page.read_text(encoding="utf-8"), start), arguments.to / f"{name}.png", width, height)
+        except (ValueError, subprocess.SubprocessError) as error:
+            sys.exit(f"error: {page}: {error}")
+
+
+if __name__ == "__main__":
+    main()

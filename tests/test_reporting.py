@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from PIL import Image
 from pytorch_metric_learning.distances import CosineSimilarity
 
+from scripts import draw
 from siamese import reporting
 from siamese.data.samples import Samples, Tuples
 from siamese.data.texts import as_bytes
@@ -325,6 +327,27 @@ def test_a_browser_shows_the_page_whole(tiny_run, tmp_path):
             reached.add(browser.script("document.activeElement.tagName + (document.activeElement.hash || '')"))
         assert {"A#neighbours", "A#repeat", "SUMMARY", "DIV", "PRE"} <= reached
         assert browser("se/log", type="browser") == []
+
+
+@pytest.mark.skipif(not any(map(shutil.which, draw.BROWSERS)), reason="no Chromium")
+def test_a_picture_is_of_what_stands_under_a_heading(tmp_path):
+    page = "<head></head><body><h1>above</h1><div style='height: 900px; background: red'></div><h2 id='x'>below</h2>"
+    page += "<p style='height: 100px; background: rgb(0, 0, 255)'></p>"
+    draw.photograph(draw.cut(page, "<h2 id='x'"), tmp_path / "picture.png", 300, 200)
+    picture = np.asarray(Image.open(tmp_path / "picture.png").convert("RGB"))
+    assert picture.shape == (200, 300, 3)
+    colours = {tuple(colour) for colour in picture.reshape(-1, 3).tolist()}
+    assert (0, 0, 255) in colours
+    assert (255, 0, 0) not in colours
+    assert list(tmp_path.iterdir()) == [tmp_path / "picture.png"]
+
+
+def test_a_picture_that_cannot_be_taken_says_why(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="no '<h3>beside'"):
+        draw.cut("<body><h2>below</h2>", "<h3>beside")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ValueError, match="chromium"):
+        draw.photograph("<body></body>", tmp_path / "picture.png", 300, 200)
 
 
 class Browser:
