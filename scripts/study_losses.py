@@ -60,7 +60,7 @@ def compatible(every: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def run(folder: Path, overrides: list[str]) -> None:
-    """One training in a process of its own, on one thread; its peak memory is left beside its figures."""
+    """One training in a process of its own, on one thread; its peak memory and CPU seconds are left beside its figures."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = folder.parent / f"{folder.name}.log"
     with log.open("w") as file:
@@ -70,7 +70,7 @@ def run(folder: Path, overrides: list[str]) -> None:
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"{' '.join(overrides)} ended with {process.returncode}: see {log}")
-    write_json(folder / "peak.json", {"MiB": usage.ru_maxrss // 1024})
+    write_json(folder / "peak.json", {"MiB": usage.ru_maxrss // 1024, "seconds": round(usage.ru_utime + usage.ru_stime, 1)})
     log.unlink()
 
 

@@ -12,6 +12,7 @@ a study of another recipe needs other --runs.
 import json
 import math
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -89,8 +90,9 @@ def collect(runs: Path, names: list[str]) -> dict[str, list[dict[str, float]]]:
         for folder in sorted(study_losses.place(runs, name, 0).parent.glob("*"), key=lambda path: (len(path.name), path.name)):
             if (folder / "peak.json").is_file():
                 metrics = json.loads((folder / "metrics.json").read_text())
-                figures = {figure: metrics[f"val/{figure}"] for figure in FIGURES} | {"seconds": metrics["seconds/fit"]}
-                found.setdefault(name, []).append({"seed": int(folder.name), **figures})
+                figures = {figure: metrics[f"val/{figure}"] for figure in FIGURES}
+                costs = {"seconds": json.loads((folder / "peak.json").read_text()).get("seconds")}
+                found.setdefault(name, []).append({"seed": int(folder.name), **figures, **costs})
     return found
 
 
@@ -113,7 +115,9 @@ def table(found: dict, names: list[str], base: str) -> str:
         change = "" if name == base or not changes else f"{sum(changes) / len(changes):+.2f}"
         cells = [f"{mean(own, 'omniglot_error'):.2f} ± {spread(own, 'omniglot_error'):.2f}", change]
         cells += [f"{mean(own, figure):.3f}" for figure in ("oneshot_20way", "map_at_r")]
-        rows.append(f"| {f'**{name}**' if name == base else name} | {' | '.join(cells)} | {mean(own, 'seconds'):.0f} |")
+        costs = [row["seconds"] for row in own if row["seconds"]]
+        cells.append(f"{statistics.median(costs):.0f}" if costs else "")
+        rows.append(f"| {f'**{name}**' if name == base else name} | {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -145,7 +149,7 @@ def page(found: dict) -> str:
 `experiment=omniglot_record` with one thing changed at a time, on five alphabets (`small1`), {EPOCHS * 22} steps of 128 drawings at most,
 judged on the 25 other alphabets of the background set: the test is not touched. The error is of 20-way one-shot runs within an alphabet,
 made as the authors' are from 21 alphabets with twenty characters, mean ± standard deviation over {seeds} seeds; some of these alphabets
-are harder than those of the official runs. Changes are of equal seeds. Seconds are of training on one thread.
+are harder than those of the official runs. Changes are of equal seeds. Seconds are CPU time of the whole command, judging included.
 Written by `python scripts/study_recipe.py`; the figures of each seed are in [recipe.json](recipe.json).
 
 {table(found, [RECIPE, *(name for name in ranked(found, PARTS) if name != RECIPE)], RECIPE)}
