@@ -5,7 +5,7 @@
     python evaluate.py ckpt=logs/train/runs/<stamp>/bundle.safetensors 'also=[omniglot]'   # on several at once
     python evaluate.py dataset=glyphs encoder=conv4                         # no checkpoint: the untrained, or pretrained, row
 
-Writes metrics.json and results.npz into logs/evaluate/runs/<stamp>/.
+Writes metrics.json, results.npz and report.html into logs/evaluate/runs/<stamp>/.
 """
 
 from siamese.config import ROOT, InputError, as_input_error, available, build, bundle_arguments, compose, launch
@@ -87,6 +87,9 @@ def evaluate(config: dict) -> dict[str, float]:
     metrics = record.write(out, results, {"evaluate": time.perf_counter() - started})
     for note in [*list(judged.values())[-1].notes, *record.hardest(list(judged.values())[-1])]:
         log.info(note)
+    for name in others:
+        for note in results[f"{name}/{row}"].notes:
+            log.info("%s: %s", name, note)
     Console().print(record.table(results))
     reporting.report(out, config["report"])
     log.info("figures are in %s", os.path.relpath(out))

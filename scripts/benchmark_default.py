@@ -38,8 +38,10 @@ def run(*overrides: str) -> tuple[dict[str, float], float, float]:
         seconds = time.perf_counter() - started
         if done.returncode:
             sys.exit(f"error: {' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        report = float(re.search(r"report: .*, ([\d.]+) s", done.stdout + done.stderr).group(1))
-        return json.loads(Path(folder, "run", "metrics.json").read_text()), seconds, report
+        report = re.search(r"report: .*, ([\d.]+) s", done.stdout + done.stderr)
+        if report is None:
+            sys.exit(f"error: {' '.join(command)} made no report:\n{done.stderr[-2000:]}")
+        return json.loads(Path(folder, "run", "metrics.json").read_text()), seconds, float(report[1])
 
 
 def print_report(samples: int, size: int) -> None:
@@ -91,7 +93,7 @@ def measure(full: bool) -> list[dict]:
     rows.append(row("glyphs report's share", statistics.median(report / seconds for _, seconds, report in runs), REPORT["share"], "rate"))
     command = [sys.executable, __file__, "--report", *map(str, LARGE["embeddings"])]
     cost = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
-    rows += [row("report of {:,} x {}".format(*LARGE["embeddings"]), cost[unit], LARGE[unit], unit) for unit in ("s", "MiB")]
+    rows += [row("report of {:,} x {} in {}".format(*LARGE["embeddings"], unit), cost[unit], LARGE[unit], unit) for unit in ("s", "MiB")]
     if full:
         figures, seconds, _ = run("experiment=omniglot_semihard")
         rows.append(row("omniglot conv4 semihard omniglot_error", figures["test/omniglot_error"], OMNIGLOT_TARGET, "%"))

@@ -298,19 +298,19 @@ def curves(one: Table, split: str) -> list[tuple[str, str]]:
     from siamese.evaluation import EvaluationResult
 
     found, logged, drawn = [], [], []
-    for row in one.rows[: len(reporting.OVERLAID)]:
+    for row, look in zip(one.rows, reporting.OVERLAID, strict=False):
         name, run = ", ".join(row["said"]) or row["runs"][0], row["paths"][0]
         with contextlib.suppress(OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile):
-            found.append((name, EvaluationResult.load(run / "results.npz")[split]))
+            found.append((name, look, EvaluationResult.load(run / "results.npz")[split]))
         with contextlib.suppress(OSError), (run / "metrics.csv").open(encoding="utf-8", newline="") as file:
             column = f"val/{one.figures[0].partition('/')[2]}"
             points = [(int(line["step"]), float(line[column])) for line in csv.DictReader(file) if line.get(column)]
             if len(points) > 1:
-                logged.append((name, *np.array(points).T))
+                logged.append((name, look, *np.array(points).T))
     if found:
         drawn.append((reporting.overlaid_rocs(found), "Is a pair the same? The first run of each row."))
-    if found and all(len(result.class_queries) for _, result in found):
-        lines = [(name, *reporting.recall_at(result)) for name, result in found]
+    if found and all(len(result.class_queries) for *_, result in found):
+        lines = [(name, look, *reporting.recall_at(result)) for name, look, result in found]
         drawn.append((reporting.overlaid(lines, "Recall at K", xlabel="K", ylabel="Recall@K"), "Is one of the class among the K nearest?"))
     if logged:
         figure = one.figures[0].partition("/")[2]

@@ -8,6 +8,7 @@ The questions of CLINC150 lie in SIAMESE_DATA_DIR (`python scripts/download.py c
 
 import argparse
 import io
+import math
 import os
 import shutil
 import subprocess
@@ -46,22 +47,26 @@ def cut(page: str, start: str | None) -> str:
     return f"{head}<body><main>{content[content.index(start) :]}"
 
 
-def photograph(page: str, to: Path, width: int, height: int, scale: float = 1.0) -> None:
-    """Write what a browser shows of a page, [height * scale, width * scale] pixels of 256 colours, as a PNG; atomically.
+def find_browser() -> str:
+    """The path of a Chromium. Raises ValueError when there is none."""
+    if (browser := next(filter(None, map(shutil.which, BROWSERS)), None)) is None:
+        raise ValueError(f"none of {', '.join(BROWSERS)} is on the PATH: pictures of pages are taken with Chromium")
+    return browser
+
+
+def photograph(page: str, to: Path, width: int, height: int) -> None:
+    """Write what a browser shows of a page, [height, width] pixels of at most 256 colours, as a PNG; atomically.
 
     Raises ValueError when there is no Chromium.
     """
     from PIL import Image
 
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
-        raise ValueError(f"none of {', '.join(BROWSERS)} is on the PATH: pictures of pages are taken with Chromium")
     with tempfile.TemporaryDirectory() as folder:
         file, picture = Path(folder, "page.html"), Path(folder, "picture.png")
         file.write_text(page, encoding="utf-8")
         switches = ["headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking", "hide-scrollbars"]
-        switches += [f"user-data-dir={folder}/profile", f"window-size={width},{height}", f"force-device-scale-factor={scale}"]
-        command = [browser, *(f"--{one}" for one in switches), f"--screenshot={picture}", file.as_uri()]
+        switches += [f"user-data-dir={folder}/profile", f"window-size={width},{height}"]
+        command = [find_browser(), *(f"--{one}" for one in switches), f"--screenshot={picture}", file.as_uri()]
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         buffer = io.BytesIO()
         Image.open(picture).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
@@ -72,16 +77,16 @@ def photograph(page: str, to: Path, width: int, height: int, scale: float = 1.0)
 
 def page_of(run: Path, overrides: list[str]) -> Path:
     """The report of a run, or the comparison of a sweep, after making what is not there."""
-    page = run / ("comparison.html" if "-m" in overrides else "report.html")
-    if not page.is_file():
-        place = os.path.relpath(run, ROOT)  # the page tells the command
-        place = f"hydra.sweep.dir={place}" if "-m" in overrides else f"paths.output_dir={place}"
-        command = [[sys.executable, "train.py", *overrides, "logger=none", place]]
-        if "-m" in overrides:
-            command.append([sys.executable, "scripts/compare.py", str(run), "--html", str(page)])
-        for one in command:
-            if subprocess.run(one, cwd=ROOT).returncode:
-                sys.exit(f"error: {' '.join(one)} failed, see above")
+    place = os.path.relpath(run, ROOT)  # the page tells the command
+    swept = overrides[0] == "-m"
+    page, commands = run / ("comparison.html" if swept else "report.html"), []
+    if len(list(run.rglob("metrics.json"))) < math.prod(len(override.split(",")) for override in overrides):
+        commands.append(["train.py", *overrides, "logger=none", f"{'hydra.sweep.dir' if swept else 'paths.output_dir'}={place}"])
+    if commands or not page.is_file():
+        commands.append(["scripts/compare.py", place, "--html", str(page)] if swept else ["scripts/report.py", place])
+    for one in commands:
+        if subprocess.run([sys.executable, *one], cwd=ROOT).returncode:
+            sys.exit(f"error: {' '.join(one)} failed, see above")
     return page
 
 
@@ -92,13 +97,16 @@ def main() -> None:
     parser.add_argument("--model", metavar="FOLDER", help="an encoder of texts, by its folder or name")
     arguments = parser.parse_args()
     if arguments.model:
-        RUNS["texts"].append(f"encoder.model={os.path.abspath(arguments.model)}")
-    for name, (run, start, width, height) in PICTURES.items():
-        page = page_of((arguments.runs / run).resolve(), RUNS[run])
-        try:
+        model = os.path.abspath(arguments.model) if os.path.isdir(arguments.model) else arguments.model
+        RUNS["texts"].append(f"encoder.model={model}")
+    try:
+        find_browser()
+        arguments.to.mkdir(parents=True, exist_ok=True)
+        for name, (run, start, width, height) in PICTURES.items():
+            page = page_of((arguments.runs / run).resolve(), RUNS[run])
             photograph(cut(page.read_text(encoding="utf-8"), start), arguments.to / f"{name}.png", width, height)
-        except (ValueError, subprocess.SubprocessError) as error:
-            sys.exit(f"error: {page}: {error}")
+    except (ValueError, OSError, subprocess.SubprocessError) as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -68,11 +68,12 @@ def figures() -> str:
     costs = {row["name"]: row["value"] for row in json.loads((ROOT / "docs" / "training.json").read_text())}
     rows += [
         "",
-        f"{values['glyphs command to prompt']:.0f} seconds from command to prompt on two CPU cores. Omniglot's official one-shot "
-        f"questions: `experiment=omniglot_record` {100 - records['full: error']:.1f} %, on five alphabets "
-        f"{100 - records['small1 and small2: error']:.1f} %, `omniglot_quick`",
-        f"in {costs['omniglot_quick: minutes']:.1f} minutes {100 - costs['omniglot_quick: error']:.1f} % ([all](docs/omniglot.md)); "
-        f"people 95.5 %; Koch's network of 2015, `experiment=koch`, {ours}, in its paper, with more data, {paper}.",
+        f"{values['glyphs command to prompt']:.0f} seconds from command to prompt on two CPU cores. Omniglot's official one-shot questions "
+        f"([all](docs/omniglot.md)): `experiment=omniglot_record` {100 - records['full: error']:.1f} %, on five alphabets "
+        f"{100 - records['small1 and small2: error']:.1f} %,",
+        f"`omniglot_quick` {100 - costs['omniglot_quick: error']:.1f} % in {costs['omniglot_quick: minutes']:.1f} minutes "
+        f"([what training costs](docs/training.md)); people 95.5 %; Koch's network of 2015, `experiment=koch`, {ours}, "
+        f"in its paper, with more data, {paper}.",
     ]
     return "\n".join(rows)
 

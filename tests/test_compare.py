@@ -18,6 +18,7 @@ from scipy.stats import t, ttest_ind, ttest_rel
 from scripts import compare
 from siamese.config import ROOT
 from siamese.evaluation import EvaluationResult, evaluate
+from siamese.reporting import OVERLAID
 
 RECALL, MAP, AUC = "test/recall_at_1", "test/map_at_r", "test/auc"
 
@@ -481,6 +482,20 @@ def test_the_page_has_the_tables_with_intervals_and_the_curves_of_each_row(tmp_p
     assert "&lt;b&gt;supcon" in page
     assert "<b>supcon" not in page
     assert "unfinished, left out" in page
+
+
+def test_a_curve_has_the_colour_of_its_row_where_another_row_has_none(tmp_path, capsys, monkeypatch):
+    for number, (loss, quality) in enumerate((("supcon", 0.9), ("triplet", 0.5))):
+        made_up(tmp_path / str(number), loss, 0, **{MAP: quality})
+        steps = 1 if loss == "supcon" else 3  # the best row has no curve of validation
+        (tmp_path / str(number) / "metrics.csv").write_text("\n".join(["step,val/map_at_r", *(f"{step},0.5" for step in range(steps))]))
+    printed(capsys, monkeypatch, tmp_path, "--figures", "map_at_r", "--html", tmp_path / "page.html")
+    table, chart = (tmp_path / "page.html").read_text().split("<svg")
+    first, second = (colour for colour, _ in OVERLAID[:2])
+    assert first in table.partition("triplet")[0]
+    assert second in table.partition("supcon</td>")[2]
+    assert second in chart
+    assert first not in chart
 
 
 def test_the_page_does_without_curves_where_runs_left_none(sweep, tmp_path, capsys, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 from pytorch_metric_learning.distances import CosineSimilarity
 from rich.console import Console
 
-from siamese import judging, record
+from siamese import evaluation, judging, record
 from siamese.bundle import Bundle
 from siamese.data.module import SiameseData
 from siamese.data.samples import Samples, Source, Tuples
@@ -251,6 +251,21 @@ def test_the_last_split_alone_is_the_same_as_with_the_others(model):
     alone = judging.judge(model, data(Patterns()), test=False, last=True)
     assert list(alone) == ["val"]
     assert alone["val"].figures == both["val"].figures
+
+
+def test_of_a_split_that_is_not_given_no_more_is_found_out_than_its_threshold(model, monkeypatch):
+    asked, own = [], evaluation.fewshot
+    monkeypatch.setattr(evaluation, "fewshot", lambda *arguments, **options: asked.append(0) or own(*arguments, **options))
+    judging.judge(model, data(Patterns()))
+    both = len(asked)
+    judging.judge(model, data(Patterns()), last=True)
+    assert 0 < len(asked) - both == both // 2
+    known, asked[:] = data(Patterns()), []
+    known.source.trained_on = ("val",)
+    results = judging.judge(model, known)
+    assert list(results) == ["test"]
+    assert "accuracy" not in results["test"].figures
+    assert len(asked) == both // 2
 
 
 @pytest.mark.parametrize("test", [True, False])

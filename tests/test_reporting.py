@@ -2,6 +2,7 @@
 
 import html
 import json
+import os
 import re
 import shlex
 import shutil
@@ -13,10 +14,11 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 
 from scripts import draw
 from siamese import reporting
+from siamese.config import ROOT
 from siamese.data.samples import Samples, Tuples
 from siamese.data.texts import as_bytes
 from siamese.evaluation import EvaluationResult, evaluate, evaluate_tuples
@@ -164,6 +166,7 @@ def test_other_data_sets_judged_too_are_columns_of_the_figures(tmp_path):
     write(tmp_path, {"test": evaluate(embeddings, labels, COSINE), "omniglot/test": other}, {})
     page = reporting.write(tmp_path).read_text()
     assert "omniglot test" in page
+    assert "omniglot test: tar_at_far_1e3 is left out" in page
     assert f"{other.figures['map_at_r']:.4f}" in page
 
 
@@ -173,6 +176,7 @@ def test_a_run_without_held_out_classes_has_a_page_without_a_threshold(fit, tmp_
     page = (tmp_path / "run" / "report.html").read_text()
     assert "ROC of test" in page
     assert "the threshold is" not in page
+    assert "where the threshold lies" not in page
 
 
 @pytest.mark.filterwarnings("error")
@@ -251,15 +255,67 @@ def test_the_map_colours_the_largest_classes_and_has_room_for_few():
     assert np.isin(np.flatnonzero(np.isin(labels, classes)), places).all()
 
 
+@pytest.mark.parametrize(("classes", "each"), [(2, 450), (5, 100), (30, 20)])
+def test_every_coloured_class_is_on_the_map_however_rows_are_sorted(tmp_path, classes, each):
+    embeddings, labels = space(classes, each)
+    result = evaluate(embeddings, labels, COSINE)
+    places, coloured = reporting.mapped(result)
+    counts = np.bincount(result.labels[result.sampled[places]], minlength=classes)
+    assert len(places) == reporting.MAPPED
+    assert len(coloured) == min(classes, reporting.COLOURED)
+    assert counts[coloured].min() == min(each, reporting.MAPPED // len(coloured))
+    write(tmp_path, {"test": result}, {})
+    assert f"Map of {reporting.MAPPED} embeddings" in reporting.write(tmp_path).read_text()
+
+
+def test_what_no_file_can_hold_costs_no_more_than_itself(tmp_path):
+    embeddings, labels = space()
+    plain = LpDistance(normalize_embeddings=False)
+    result = evaluate(embeddings * 1e5, labels, plain, ids=["\udcff.png", *(f"{row}.png" for row in range(1, 30))])  # beyond 16 bits
+    write(tmp_path, {"test": result}, {})
+    page = reporting.write(tmp_path).read_text()
+    assert "?.png" in page
+    assert "t-SNE" not in page
+
+
+def test_colours_that_follow_the_theme_are_none_of_the_palette():
+    assert not set(reporting.THEMED) & set(reporting.PALETTE)
+    assert len(set(reporting.THEMED.values())) == len(reporting.THEMED)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"task": "evaluate"}, ["training has, or nearly has: not looked for", "looking the data over found: not looked for"]),
+        ({"leakage": "warn", "check": "error"}, ["training has, or nearly has: none", "looking the data over found: none"]),
+        ({"leakage": "off", "check": "warn"}, ["training has, or nearly has: not looked for", "looking the data over found: none"]),
+        ({"leakage": "drop", "check": "off"}, ["Left out of training, as judged samples are or nearly are these: none"]),
+    ],
+)
+def test_what_was_not_looked_for_is_not_said_to_be_absent(tiny_run, tmp_path, config, said):
+    for name in ("results.npz", "metrics.json"):
+        shutil.copy(tiny_run / name, tmp_path)
+    (tmp_path / ".hydra").mkdir()
+    OmegaConf.save(OmegaConf.create(config), tmp_path / ".hydra" / "config.yaml")
+    page = reporting.write(tmp_path).read_text()
+    assert [words for words in said if words not in page] == []
+
+
+def test_an_untrained_encoder_is_said_to_be_judged_on_test(tmp_path):
+    write(tmp_path, {"untrained": judged(samples("images"))}, {})
+    assert "30 queries of 6 classes, test split, untrained" in reporting.write(tmp_path).read_text()
+
+
 def test_the_figures_on_the_page_are_those_of_metrics_json(tiny_run):
     page, metrics = reporting.write(tiny_run).read_text(), json.loads((tiny_run / "metrics.json").read_text())
     table = re.search(r'aria-label="all figures">(.*?)</table>', page, re.DOTALL).group(1)
     rows = re.findall(r"<tr><td>(.*?)</td>(.*?)</tr>", table)
     named = {name: [cell for cell in re.findall(r'<td class="n">(.*?)</td>', cells)] for name, cells in rows}
-    shown = {key.partition("/")[2] for key in metrics if key.startswith("test/") and not key.endswith("_ci95")}
+    rows = ("raw", "untrained", "val", "test")
+    shown = {key.partition("/")[2] for key in metrics if key.startswith(rows) and not key.endswith("_ci95")}
     assert named.keys() == shown
     for name, (*cells, interval) in named.items():
-        for prefix, cell in zip(("raw", "untrained", "test"), cells, strict=True):
+        for prefix, cell in zip(rows, cells, strict=True):
             value = metrics.get(f"{prefix}/{name}")
             assert cell == "" if value is None else float(cell.replace(",", "")) == pytest.approx(value, abs=0.006)
         bounds = metrics.get(f"test/{name}_ci95")
@@ -340,6 +396,27 @@ def test_a_picture_is_of_what_stands_under_a_heading(tmp_path):
     assert (0, 0, 255) in colours
     assert (255, 0, 0) not in colours
     assert list(tmp_path.iterdir()) == [tmp_path / "picture.png"]
+
+
+def test_pictures_are_of_runs_that_are_there_or_made_first(tmp_path, monkeypatch):
+    def train(command, cwd):
+        made.append([word for word in command[1:] if "logger" not in word])
+        for job in range(made[-1][0] == "train.py" and 4):
+            (tmp_path / str(job)).mkdir(exist_ok=True)
+            (tmp_path / str(job) / "metrics.json").write_text("{}")
+        return subprocess.CompletedProcess(command, 0)
+
+    made, place = [], os.path.relpath(tmp_path, ROOT)
+    monkeypatch.setattr(subprocess, "run", train)
+    sweep = ["-m", "miner=none,hard", "seed=0,1"]
+    compared = ["scripts/compare.py", place, "--html", str(tmp_path / "comparison.html")]
+    assert draw.page_of(tmp_path, sweep) == tmp_path / "comparison.html"
+    assert made == [["train.py", *sweep, f"hydra.sweep.dir={place}"], compared]
+    draw.page_of(tmp_path, sweep)  # the runs are there, the page is not
+    assert made[2:] == [compared]
+    (tmp_path / "comparison.html").write_text("")
+    draw.page_of(tmp_path, sweep)
+    assert len(made) == 3
 
 
 def test_a_picture_that_cannot_be_taken_says_why(tmp_path, monkeypatch):

@@ -42,6 +42,17 @@ def test_benchmark_knows_which_way_a_target_is_missed():
     assert len(missed(late)) == 3
 
 
+def test_the_benchmarks_take_figures_and_times_of_whole_runs(monkeypatch):
+    def run(*overrides):
+        seed = int(overrides[-1].partition("=")[2])
+        return {"test/omniglot_error": 3.0 + seed}, 60.0 * (seed + 1), 2.0
+
+    monkeypatch.setattr(benchmark_training, "run", run)
+    rows = {row["name"]: row["value"] for row in benchmark_training.from_command_to_prompt()}
+    assert rows["omniglot_quick: error"] == 4
+    assert rows["omniglot_quick: minutes"] == 2
+
+
 # --- the study of losses and miners
 
 

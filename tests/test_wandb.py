@@ -4,12 +4,16 @@ import csv
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from pytorch_metric_learning.distances import CosineSimilarity
 
+from siamese import loggers
 from siamese.config import ROOT
-from siamese.evaluation import EvaluationResult
+from siamese.evaluation import EvaluationResult, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,21 @@ def test_the_embeddings_are_those_of_the_results(default_run):
     vectors = np.array([row[2:] for row in table["data"]])
     np.testing.assert_allclose(vectors, result.embeddings.astype(float), atol=1e-4)
     assert [row[0] for row in table["data"]] == [result.class_names[label] for label in result.labels[result.sampled]]
+
+
+def test_embeddings_that_are_too_many_are_of_all_classes(tmp_path, monkeypatch):
+    labels = torch.arange(4).repeat_interleave(20)
+    result = evaluate(torch.randn(80, 8, generator=torch.Generator().manual_seed(0)), labels, CosineSimilarity())
+    logged = {}
+    run = SimpleNamespace(id="x", config={"seed": 0}, summary={}, log=logged.update, log_artifact=lambda *_, **__: None)
+    monkeypatch.setattr(loggers, "CELLS", 64)
+    (tmp_path / "best.ckpt").write_bytes(b"weights")
+    loggers.record_results(SimpleNamespace(experiment=run), {"test": result}, {}, tmp_path / "best.ckpt")
+    table = logged["test/embeddings"].data
+    assert len(table) == 8
+    assert {row[0] for row in table} == {"0", "1", "2", "3"}
+    for row in table:
+        assert row[2:] == pytest.approx(result.embeddings[int(row[1])].tolist(), abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["recall_at_k", "oneshot"])

@@ -1,6 +1,5 @@
 """Judge a model on classes it has never seen, and set the rows beside it that tell an easy data set from a good model."""
 
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +13,6 @@ from siamese.evaluation import EvaluationResult, evaluate, evaluate_tuples
 from siamese.protocols import oneshot_error
 from siamese.reporting import keep
 
-log = logging.getLogger(__name__)
 _FITTED = ("threshold", "accuracy", "far", "frr", "calibration_error", "f1", "f1_threshold")
 
 

@@ -87,16 +87,17 @@ def record_results(logger: WandbLogger, results: dict[str, EvaluationResult], fi
     edges, same, different = score_shares(result)
     for name, shares in (("same", same), ("different", different)):
         run.log({f"{prefix}/scores_{name}": wandb.Histogram(np_histogram=(shares, edges))})
-    shown = [(title, line) for title, lines in (neighbours(result) or pairs(result)) for line in lines][:32]
+    shown = [(title, line) for title, lines in (neighbours(result) or pairs(result)) for line in lines]
     if shown:
         cells = lambda line: [_cell(cell) for cell in line] + [None] * (width - len(line))  # noqa: E731
         width = max(len(line) for _, line in shown)
         columns = ["why", "query", *(f"nearest {place}" for place in range(1, width))]
         run.log({f"{prefix}/neighbours": wandb.Table(columns=columns, data=[[title, *cells(line)] for title, line in shown])})
-    some = result.sampled[: CELLS // max(result.embeddings.shape[1], 1)]
+    kept = thinned(result.sampled, CELLS // result.embeddings.shape[1])  # evenly: rows may be sorted by class
+    some = result.sampled[kept]
     named = [result.class_names[label] if label >= 0 else "" for label in result.labels[some]]
     ids = [result.ids[row] for row in some]
-    vectors = result.embeddings[: len(some)].astype(np.float64).round(4).tolist()
+    vectors = result.embeddings[kept].astype(np.float64).round(4).tolist()
     columns = ["class", "id", *(f"d{place}" for place in range(result.embeddings.shape[1]))]
     data = [[name, one, *vector] for name, one, vector in zip(named, ids, vectors, strict=True)]
     run.log({f"{prefix}/embeddings": wandb.Table(columns=columns, data=data)})

@@ -35,9 +35,10 @@ MAPPED, COLOURED = 400, 8  # samples of the map, and its classes that have a col
 HEADLINE = ("recall_at_1", "map_at_r", "auc", "eer", "accuracy", "oneshot_20way", "omniglot_error", "average_precision", "f1")
 HEADLINE += ("triplet_accuracy",)
 ROWS = {"raw": "raw input", "untrained": "untrained", "val": "validation", "test": "test"}
-# Okabe and Ito 2008: told apart by colour-blind eyes too. On the page each is a variable, so that it suits light and dark.
-SAME, DIFFERENT, INK, FAINT, LINE = "#0072b2", "#d55e00", "#010101", "#020202", "#030303"
+# Stand-ins: on the page each is a variable, so that it suits light and dark.
+INK, FAINT, LINE, SAME, DIFFERENT = "#010101", "#020202", "#030303", "#040404", "#050505"
 THEMED = {SAME: "var(--same)", DIFFERENT: "var(--different)", INK: "var(--ink)", FAINT: "var(--faint)", LINE: "var(--line)"}
+# Okabe and Ito 2008: told apart by colour-blind eyes too.
 PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#b8a800", "#7f7f7f")
 MARKERS = "osD^vP*X"
 
@@ -81,9 +82,11 @@ def mapped(result: EvaluationResult) -> tuple[np.ndarray, np.ndarray]:
     counts = np.bincount(labels[labels >= 0], minlength=1)
     classes = np.argsort(-counts, kind="stable")[:COLOURED]
     classes = np.sort(classes[counts[classes] > 1])
-    first = np.isin(labels, classes) & (labels >= 0)
-    order = np.concatenate([first.nonzero()[0], (~first).nonzero()[0]])[:MAPPED]
-    return np.sort(order), classes
+    members = [(labels == one).nonzero()[0] for one in classes]
+    kept = [rows[thinned(rows, MAPPED // len(classes))] for rows in members]  # of each some, however the rows are sorted
+    others = (~np.isin(labels, classes)).nonzero()[0]
+    kept.append(others[thinned(others, MAPPED - sum(map(len, kept)))])
+    return np.sort(np.concatenate(kept)), classes
 
 
 def keep(result: EvaluationResult, samples: Samples, describe: Callable[[torch.Tensor], str] | None = None) -> None:
@@ -272,7 +275,7 @@ def oneshot(results: dict[str, EvaluationResult]) -> str:
             style, colour = STYLES[prefix]
             axes.plot(*results[prefix].oneshot.T, style, color=colour, marker=".", label=ROWS[prefix])
     ways = results[main].oneshot[:, 0]
-    axes.plot(ways, 1 / ways, color=LINE, linewidth=1.2, label="guessing")
+    axes.plot(ways, 1 / ways, color=FAINT, linewidth=0.8, label="guessing")
     axes.set_xticks(ways, [f"{way:g}" for way in ways])
     axes.minorticks_off()
     _legend(axes)
@@ -309,19 +312,19 @@ def curves(rows: list[dict[str, str]]) -> Iterator[str]:
 OVERLAID = [(colour, style) for style in ("-", "--") for colour in PALETTE[:7]]  # more lines are not told apart
 
 
-def overlaid(lines: list[tuple[str, np.ndarray, np.ndarray]], label: str, **settings) -> str:
-    """A line for each run: its name and points; in the order and the colours of OVERLAID."""
+def overlaid(lines: list[tuple[str, tuple[str, str], np.ndarray, np.ndarray]], label: str, **settings) -> str:
+    """A line for each run: its name, which of OVERLAID it has, and its points."""
     figure, axes = _axes(**settings)
-    for (name, x, y), (colour, style) in zip(lines, OVERLAID, strict=False):
+    for name, (colour, style), x, y in lines:
         axes.plot(x, y, style, color=colour, label=_plain(name, 40), marker="." if len(x) < 30 else "")
     _legend(axes, columns=1 if any(len(name) > 20 for name, *_ in lines) else 2)
-    return _svg(figure, f"{label}: {'; '.join(name for name, *_ in lines[: len(OVERLAID)])}")
+    return _svg(figure, f"{label}: {'; '.join(name for name, *_ in lines)}")
 
 
-def overlaid_rocs(results: list[tuple[str, EvaluationResult]]) -> str:
-    lines = [(name, result.far.clip(1e-7), result.tar) for name, result in results]
-    lines = [(name, far[some], tar[some]) for name, far, tar in lines for some in [thinned(far)]]
-    least = min(_least_far(result) for _, result in results)
+def overlaid_rocs(results: list[tuple[str, tuple[str, str], EvaluationResult]]) -> str:
+    lines = [(name, look, result.far.clip(1e-7), result.tar) for name, look, result in results]
+    lines = [(name, look, far[some], tar[some]) for name, look, far, tar in lines for some in [thinned(far)]]
+    least = min(_least_far(result) for *_, result in results)
     scales = {"xscale": "log", "xlim": (least, 1), "ylim": (0, 1.02)}
     return overlaid(lines, "ROC", xlabel="false-accept rate", ylabel="true-accept rate", **scales)
 
@@ -339,7 +342,7 @@ def space(result: EvaluationResult) -> str:
     for spine in axes.spines.values():
         spine.set_visible(False)
     rest = ~np.isin(labels, classes)
-    axes.scatter(*points[rest].T, s=7, color=LINE, label="others" if rest.any() else None)
+    axes.scatter(*points[rest].T, s=7, color=FAINT, linewidth=0, label="others" if rest.any() else None)
     pictured = dict(zip(result.shown.tolist(), result.pictures, strict=False))
     for one, colour, marker in zip(classes, PALETTE, MARKERS, strict=False):
         some = labels == one
@@ -493,13 +496,15 @@ def write(run: str | os.PathLike) -> Path:
         raise ValueError(f"{run}: results.npz or metrics.json is damaged ({type(error).__name__}: {error})") from error
     main, rows = judged_rows(results)
     result = results[main]
-    columns = rows + [prefix for prefix in results if "/" in prefix]  # of other data sets, judged too
+    others = [prefix for prefix in results if "/" in prefix]  # of other data sets, judged too
+    columns = rows[:-1] + [prefix for prefix in ("val",) if prefix in results and prefix != main] + [main, *others]
     listed = not len(result.class_queries)
     charts = {"roc": roc(results), "histogram": histogram(result)}
     if not listed:
         charts |= {"recall": recall(results)} | ({"oneshot": oneshot(results)} if len(result.oneshot) else {})
-        spread = np.ptp(result.embeddings.astype(np.float32), axis=0)  # a space of one point, or on a line, has no map
-        if len(result.sampled) > 3 and len(mapped(result)[1]) and (spread > 0).sum() > 1:
+        embeddings = result.embeddings.astype(np.float32)
+        # A space of one point, or on a line, has no map, nor has one that is too wide for the 16 bits of what is kept of it.
+        if len(result.sampled) > 3 and len(mapped(result)[1]) and np.isfinite(embeddings).all() and (np.ptp(embeddings, 0) > 0).sum() > 1:
             charts["space"] = space(result)
     logged = []
     if (run / "metrics.csv").is_file():
@@ -507,28 +512,30 @@ def write(run: str | os.PathLike) -> Path:
             logged = list(csv.DictReader(file))
     read = lambda name: (run / name).read_text(encoding="utf-8") if (run / name).is_file() else ""  # noqa: E731
     overrides = yaml.safe_load(read(".hydra/overrides.yaml")) or []
-    script = f"{(yaml.safe_load(read('.hydra/config.yaml')) or {}).get('task', 'train')}.py"
+    config = yaml.safe_load(read(".hydra/config.yaml")) or {}
     provenance = json.loads(read("provenance.json") or "{}")
     return render(
         run / "report.html",
         "report",
         title=run.resolve().name,
-        main=ROWS[main],
-        split=main,
+        split=f"{ROWS[main]} split" if main in ("val", "test") else f"test split, {ROWS[main]}",
+        threshold="far" in result.figures,
         listed=listed,
         cards=cards(results, metrics),
         figures=[
-            (name, [metrics.get(f"{prefix}/{name}") for prefix in columns], metrics.get(f"{main}/{name}_ci95")) for name in result.figures
+            (name, [metrics.get(f"{prefix}/{name}") for prefix in columns], metrics.get(f"{main}/{name}_ci95"))
+            for name in dict.fromkeys(name for prefix in (main, *columns) for name in results[prefix].figures)
         ],
         rows=[ROWS.get(prefix, prefix.replace("/", " ")) for prefix in columns],
         charts=charts,
         curves=list(curves(logged)),
         grids=pairs(result) if listed else neighbours(result),
         confusions=[] if listed else confusions(result),
-        notes=result.notes,
+        notes=[*result.notes, *(f"{prefix.replace('/', ' ')}: {note}" for prefix in others for note in results[prefix].notes)],
+        looked={"leakage": config.get("leakage", "off"), "check": config.get("check", "off")},
         leakage=_table(run / "leakage.csv"),
         findings=_table(run / "check.csv"),
-        command=" ".join(["python", script, *(shlex.quote(word) for word in overrides)]),
+        command=" ".join(["python", f"{config.get('task', 'train')}.py", *(shlex.quote(word) for word in overrides)]),
         config=read(".hydra/config.yaml"),
         provenance={"commit": None, "packages": {}, "data": {}} | provenance,
         seconds={name.partition("/")[2]: value for name, value in metrics.items() if name.startswith("seconds/")},
@@ -546,7 +553,7 @@ def render(to: Path, template: str, **values) -> Path:
     environment = Environment(loader=pages, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters |= {"figure": figure_text, "picture": _picture}
     partial = to.with_name(f"{to.name}.part")
-    partial.write_text(environment.get_template(f"{template}.html").render(values), encoding="utf-8")
+    partial.write_text(environment.get_template(f"{template}.html").render(values), encoding="utf-8", errors="replace")
     os.replace(partial, to)
     return to
 
