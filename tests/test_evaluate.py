@@ -22,7 +22,7 @@ def judge(tmp_path):
     """judge("ckpt=best.ckpt") -> the directory of an evaluation in this process."""
 
     def run(*overrides: str):
-        config = compose(list(overrides), "evaluate")
+        config = compose(["report=none", *overrides], "evaluate")
         config["paths"]["output_dir"] = str(tmp_path)
         evaluate.evaluate(config)
         return tmp_path

@@ -32,6 +32,7 @@ PARTS = {
 }
 PLAIN = (
     *("dataset=omniglot", "dataset.background=small1", "dataset.size=32", "augmentation=none", "scheduler=none", "logger=none"),
+    "report=none",
     *("encoder=timm", f"encoder.model={TINY}", "encoder.embedding_size=8"),
     *("trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1", "trainer.log_every_n_steps=1"),
 )

@@ -51,7 +51,7 @@ def run(folder, table, *overrides: str) -> dict[str, float]:
         "encoder=conv4",
         "encoder.widths=[8,8,8]",
     )
-    short = ("logger=none", "trainer.max_epochs=8", "trainer.check_val_every_n_epoch=1", "trainer.log_every_n_steps=1")
+    short = ("logger=none", "report=none", "trainer.max_epochs=8", "trainer.check_val_every_n_epoch=1", "trainer.log_every_n_steps=1")
     config = compose(["experiment=matching", f"dataset={kind}", f"dataset.path={table}", *sizes, *short, *overrides])
     folder.mkdir(parents=True, exist_ok=True)
     config["paths"]["output_dir"] = str(folder)
@@ -100,7 +100,7 @@ def test_the_best_checkpoint_is_the_one_that_the_curves_say(pair_run):
 
 def test_a_bundle_is_judged_again_with_the_same_figures(pair_run, tmp_path):
     figures, folder = pair_run
-    config = compose([f"ckpt={folder / 'bundle.safetensors'}"], "evaluate")
+    config = compose([f"ckpt={folder / 'bundle.safetensors'}", "report=none"], "evaluate")
     config["paths"]["output_dir"] = str(tmp_path)
     again = evaluate.evaluate(config)
     assert {k: v for k, v in again.items() if k.startswith(("val", "test", "raw"))} == {
@@ -139,7 +139,7 @@ def test_texts_are_trained_by_pairs(transformer, tmp_path):
             lines.append(f"{' '.join(one)},{' '.join([*one[:2], other[0]] if row % 2 else other)},{row % 2},{split}")
     (tmp_path / "p.csv").write_text("\n".join(lines))
     sizes = ("encoder.max_length=32", "encoder.lr=0.003", "sampling.batch_size=16", "trainer.max_epochs=8")
-    short = (*sizes, "trainer.check_val_every_n_epoch=1", "logger=none", "check=warn", "leakage=off")
+    short = (*sizes, "trainer.check_val_every_n_epoch=1", "logger=none", "report=none", "check=warn", "leakage=off")
     config = compose(["experiment=matching", "dataset=pairs", f"dataset.path={tmp_path / 'p.csv'}", f"encoder.model={transformer}", *short])
     config["paths"]["output_dir"] = str(tmp_path)
     figures = train.train(config)

@@ -72,6 +72,8 @@ def shortened(command: str) -> list[str] | None:
     python, *words = shlex.split(command.replace("<stamp>", "one"))
     if python != "python" or "cluster=slurm" in words or words[0] in ("scripts/download.py", "scripts/benchmark_default.py"):
         return None
+    if words[0] == "evaluate.py":
+        return [*words, "report=none", *([] if "ckpt" in words[1] else DRAWINGS[:2])]
     if words[0] != "train.py":
         return words
     kept = [word.replace("glob(*)", "glob(ar*)") for word in words if not word.startswith("trainer.max_epochs")]

@@ -223,7 +223,7 @@ def fit_texts(questions, transformer, tmp_path):
         config = compose(
             [
                 *("dataset=texts", f"dataset.path={questions}", "encoder=transformer", f"encoder.model={transformer}"),
-                *("encoder.max_length=32", "encoder.lr=0.003", "augmentation=none", "logger=none", "sampling.classes=8"),
+                *("encoder.max_length=32", "encoder.lr=0.003", "augmentation=none", "logger=none", "report=none", "sampling.classes=8"),
                 *("trainer.max_epochs=2", "trainer.check_val_every_n_epoch=1", "trainer.log_every_n_steps=1", *overrides),
             ]
         )
@@ -237,7 +237,7 @@ def test_a_run_on_texts_beats_its_start_and_is_judged_again_from_its_bundle(fit_
     figures, folder = fit_texts("trainer.max_epochs=30", "trainer.check_val_every_n_epoch=30")
     assert figures["test/map_at_r"] > figures["untrained/map_at_r"] + 0.1
     assert figures["raw/map_at_r"] > 0.2
-    config = compose([f"ckpt={folder / 'bundle.safetensors'}"], "evaluate")
+    config = compose([f"ckpt={folder / 'bundle.safetensors'}", "report=none"], "evaluate")
     config["paths"]["output_dir"] = str(folder / "again")
     (folder / "again").mkdir()
     again = evaluate.evaluate(config)

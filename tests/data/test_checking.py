@@ -229,7 +229,8 @@ def test_a_run_on_a_folder_of_ones_own(command, drawings, tmp_path):
         ("test", "class05/leak.png", "class39/01.png")
     ]
     assert "train on 217 samples of 36 classes" in done.out + done.err
-    done = command("evaluate.py", f"ckpt={tmp_path}/run/bundle.safetensors", f"paths.output_dir={tmp_path}/judged", **environment)
+    judged = ("report=none", f"paths.output_dir={tmp_path}/judged")
+    done = command("evaluate.py", f"ckpt={tmp_path}/run/bundle.safetensors", *judged, **environment)
     assert done.code == 0, done.err
 
 

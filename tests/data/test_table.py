@@ -137,7 +137,7 @@ def test_a_run_on_a_table(command, tmp_path):
             lines.append(f"c{label},{centre[0] + x:.4f},{centre[1] + y:.4f},{wide:.1f},{'abcd'[label % 4]}")
     path = write(tmp_path, lines)
     choices = ("dataset=table", f"dataset.path={path}", "encoder=mlp", "augmentation=none", "sampling.classes=8", "logger=none")
-    done = command("train.py", *choices, "trainer.max_epochs=4", f"paths.output_dir={tmp_path}/run")
+    done = command("train.py", *choices, "report=none", "trainer.max_epochs=4", f"paths.output_dir={tmp_path}/run")
     assert done.code == 0, done.err
     found = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert found["test/map_at_r"] > found["untrained/map_at_r"]
