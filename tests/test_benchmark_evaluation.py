@@ -42,6 +42,7 @@ def test_a_miss_is_said():
     assert benchmark.missed([{**row, "value": 1.3}, {**row, "target": None}]) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_the_peak_is_of_judging_alone():
     assert 0 < benchmark.peak(3_000, 32) < 300

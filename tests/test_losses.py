@@ -153,6 +153,7 @@ print(figure("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process is read from Linux's /proc")
 @pytest.mark.parametrize("name", [*SAME, "AngularLoss"])
 def test_a_batch_of_1024_takes_at_most_200_mib(name):

@@ -147,6 +147,7 @@ def test_the_benchmark_of_koch_reads_a_finished_run(command, tmp_path):
 # --- the study of the recipe
 
 
+@pytest.mark.slow
 def test_no_variant_of_the_recipe_has_more_than_600_steps_or_touches_the_test(tmp_path):
     drawings = 2_720  # of small1
     for name, overrides in study_recipe.variants().items():
