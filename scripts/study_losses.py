@@ -75,7 +75,7 @@ def run(folder: Path, overrides: list[str]) -> None:
 
 
 def place(runs: Path, name: str, seed: int | str) -> Path:
-    return runs / name.replace("=", "-") / str(seed)  # the equals sign would have to be quoted in an override
+    return runs / name.replace("=", "-").replace(",", "") / str(seed)  # both would have to be quoted in an override
 
 
 def study(runs: Path, chosen: dict[str, list[str]], seeds: list[int], jobs: int) -> list[str]:

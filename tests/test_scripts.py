@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 import statistics
+from pathlib import Path
 
 import benchmark_omniglot
 import benchmark_training
@@ -13,6 +14,7 @@ import pytest
 import study_losses
 import study_recipe
 import torch
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from scripts.benchmark_default import missed
 from siamese.bundle import Bundle
@@ -145,6 +147,16 @@ def test_the_benchmark_of_koch_reads_a_finished_run(command, tmp_path):
 
 
 # --- the study of the recipe
+
+
+@pytest.mark.parametrize("study", [study_losses, study_recipe])
+def test_the_directory_of_every_variant_can_be_said_on_the_command_line(study):
+    places = [str(study_losses.place(Path("runs"), name, 0)) for name in study.variants()]
+    assert len(set(places)) == len(places)
+    for place in places:
+        override = OverridesParser.create().parse_override(f"paths.output_dir={place}")
+        assert not override.is_sweep_override()
+        assert override.value() == place
 
 
 @pytest.mark.slow
