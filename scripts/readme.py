@@ -170,6 +170,7 @@ def omniglot() -> str:
         "looked at once for each seed of a final recipe. The error is of a single view of each drawing, embedded by one encoder and",
         "compared by the cosine; views averaged, and the embeddings of all seeds side by side, are rows of their own. The reduced",
         "backgrounds `small1` and `small2` have five alphabets each, the full one thirty. Minutes are of training on one thread.",
+        "What each part of the recipe is worth, within 600 steps, is [a page of its own](recipe.md).",
         "In bold what misses its target: at most that of errors, at least that of accuracies.",
         "",
         *measured("omniglot", more=(": oneshot", ": fewshot")),

@@ -2,7 +2,7 @@
 
     python scripts/study_losses.py                     # run what has not been run yet, then write docs/losses.md and docs/losses.png
     python scripts/study_losses.py --only loss=triplet miner=hard --seeds 0     # some of it
-    python scripts/study_losses.py --page              # only write the page again, from docs/losses.json
+    python scripts/study_losses.py --page              # only write the page: of what has been run, or again from docs/losses.json
 
 Each run is `python train.py loss=... seed=... test=false` by itself, in a directory of its own below --runs: what is finished there
 is not run again, so the study can be stopped and resumed at any time. A run of this study with other settings needs other --runs.
@@ -212,13 +212,15 @@ def parsed(doc: str, name: str, kind: str) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     parser.add_argument("--only", nargs="+", metavar=kind, help="run only these; the page has all that was ever run")
-    parser.add_argument("--page", action="store_true", help=f"run nothing, write the page again from {name}.json")
+    parser.add_argument("--page", action="store_true", help=f"run nothing, write the page of what is below --runs, or of {name}.json")
     return parser.parse_args()
 
 
 def finished(arguments: argparse.Namespace, name: str, every: dict[str, list[str]], collect: Callable[[Path, list[str]], dict]) -> dict:
     """What was found, after running what is asked for and missing; or as the last study has left it. Ends the script where that fails."""
     data = arguments.docs / f"{name}.json"
+    if arguments.page and (found := collect(arguments.runs, list(every))):
+        return found
     if arguments.page:
         if not data.is_file():
             sys.exit(f"error: there is no {data}: run the study first")

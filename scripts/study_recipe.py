@@ -2,7 +2,7 @@
 
     python scripts/study_recipe.py            # run what has not been run yet, then write docs/recipe.md and docs/recipe.png
     python scripts/study_recipe.py --only "no augmentation" --seeds 0           # some of it
-    python scripts/study_recipe.py --page     # only write the page again, from docs/recipe.json
+    python scripts/study_recipe.py --page     # only write the page: of what has been run so far, or again from docs/recipe.json
 
 Each run is a `python train.py` on the five alphabets of `small1`, at most 600 steps, judged on the 25 alphabets of the background set
 that are not among them: the test is not touched. What is finished below --runs is not run again, so it can be stopped at any time;
@@ -113,7 +113,8 @@ def table(found: dict, names: list[str], base: str) -> str:
         own, seeds = found[name], {row["seed"]: row for row in found[base]}
         changes = [row["omniglot_error"] - seeds[row["seed"]]["omniglot_error"] for row in own if row["seed"] in seeds]
         change = "" if name == base or not changes else f"{sum(changes) / len(changes):+.2f}"
-        cells = [f"{mean(own, 'omniglot_error'):.2f} ± {spread(own, 'omniglot_error'):.2f}", change]
+        several = f" ± {spread(own, 'omniglot_error'):.2f}" if len(own) > 1 else ""
+        cells = [f"{mean(own, 'omniglot_error'):.2f}{several}", change]
         cells += [f"{mean(own, figure):.3f}" for figure in ("oneshot_20way", "map_at_r")]
         costs = [row["seconds"] for row in own if row["seconds"]]
         cells.append(f"{statistics.median(costs):.0f}" if costs else "")

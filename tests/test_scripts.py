@@ -6,6 +6,7 @@ import re
 import shutil
 import statistics
 from pathlib import Path
+from types import SimpleNamespace
 
 import benchmark_omniglot
 import benchmark_training
@@ -97,7 +98,7 @@ def test_the_page_of_the_study_says_what_its_figures_are(finished, command, tmp_
     finished([0, 1, 2])
     found = study_losses.collect(tmp_path / "runs", ["loss=supcon", "loss=triplet", "miner=hard"])
     (tmp_path / "losses.json").write_text(json.dumps(found))
-    done = command("scripts/study_losses.py", "--page", "--docs", str(tmp_path))
+    done = command("scripts/study_losses.py", "--page", "--docs", str(tmp_path), "--runs", str(tmp_path / "none"))
     assert done.code == 0, done.err
     page = (tmp_path / "losses.md").read_text()
     values = [0.5 + len("loss=triplet") / 100 + seed / 1000 for seed in range(3)]
@@ -172,6 +173,15 @@ def test_no_variant_of_the_recipe_has_more_than_600_steps_or_touches_the_test(tm
         assert (config["dataset"]["background"], config["dataset"]["validation"]) == ("small1", "others")
 
 
+def test_a_page_is_of_what_has_been_run_or_else_of_what_the_last_study_left(tmp_path):
+    arguments = SimpleNamespace(page=True, runs=tmp_path / "runs", docs=tmp_path)
+    collect = lambda runs, names: {name: [] for name in names if (runs / name).is_dir()}  # noqa: E731
+    (tmp_path / "recipe.json").write_text('{"earlier": []}')
+    assert study_losses.finished(arguments, "recipe", {"mine": []}, collect) == {"earlier": []}
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    assert study_losses.finished(arguments, "recipe", {"mine": []}, collect) == {"mine": []}
+
+
 def test_the_page_of_the_recipe_says_what_its_figures_say(command, tmp_path):
     def rows(error):
         figures = {"oneshot_20way": 0.9, "map_at_r": 0.5, "eer": 0.1, "seconds": 60.0}
@@ -181,7 +191,7 @@ def test_the_page_of_the_recipe_says_what_its_figures_say(command, tmp_path):
     found |= {study_recipe.RECIPE: rows(10.0), "temperature 0.1": rows(12.5), study_recipe.SEMIHARD: rows(14.0)}
     found |= {"hardest of 32 x 4": rows(80.0), "conv4 of 64": rows(13.0), "mlp": rows(33.0)}
     (tmp_path / "recipe.json").write_text(json.dumps(found))
-    done = command("scripts/study_recipe.py", "--page", "--docs", str(tmp_path))
+    done = command("scripts/study_recipe.py", "--page", "--docs", str(tmp_path), "--runs", str(tmp_path / "none"))
     assert done.code == 0, done.err
     page = (tmp_path / "recipe.md").read_text()
     assert "| **the recipe** | 11.00 ± 1.00 |  |" in page
@@ -198,7 +208,7 @@ def test_the_page_of_the_recipe_says_what_its_figures_say(command, tmp_path):
 def test_the_study_of_the_recipe_names_what_is_missing(command, tmp_path):
     done = command("scripts/study_recipe.py", "--only", "half the stepps", "--runs", str(tmp_path))
     assert (done.code, done.err.splitlines()[-1].startswith("error: half the stepps is not part of the study")) == (1, True)
-    done = command("scripts/study_recipe.py", "--page", "--docs", str(tmp_path))
+    done = command("scripts/study_recipe.py", "--page", "--docs", str(tmp_path), "--runs", str(tmp_path / "none"))
     assert (done.code, done.err.strip()) == (1, f"error: there is no {tmp_path}/recipe.json: run the study first")
 
 
