@@ -47,15 +47,12 @@ def run(*overrides: str) -> tuple[dict[str, float], float, float]:
 def print_report(samples: int, size: int) -> None:
     """Seconds and MiB that the report of so many embeddings takes, on top of what this process has judged and holds."""
     import torch
-    from benchmark_evaluation import COSINE, data
+    from benchmark_evaluation import COSINE, data, held
 
     from siamese import reporting
     from siamese.data.samples import Samples
     from siamese.evaluation import evaluate
     from siamese.record import write
-
-    def held(name: str) -> float:
-        return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
 
     embeddings, labels = data(samples, size)
     result = evaluate(embeddings, labels, COSINE)

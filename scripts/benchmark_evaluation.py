@@ -159,12 +159,13 @@ def exactness(samples: int) -> list[dict]:
     return [*rows, row(f"{how}: retrieval differs from PML's by", most, 1e-6, "")]
 
 
+def held(name: str) -> float:
+    """MiB of this process, as Linux counts them: VmRSS now, VmHWM at most."""
+    return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+
 def print_peak(samples: int, size: int) -> None:
     """MiB that judging takes on top of what this process holds, data and all."""
-
-    def held(name: str) -> float:
-        return next(int(line.split()[1]) / 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-
     judge(*data(500, size))
     embeddings, labels = data(samples, size)
     before = held("VmRSS")

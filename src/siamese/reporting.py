@@ -494,10 +494,10 @@ def write(run: str | os.PathLike) -> Path:
         results, metrics = EvaluationResult.load(run / "results.npz"), json.loads((run / "metrics.json").read_text())
     except Exception as error:  # whatever a damaged file leads to
         raise ValueError(f"{run}: results.npz or metrics.json is damaged ({type(error).__name__}: {error})") from error
-    main, rows = judged_rows(results)
+    main, _ = judged_rows(results)
     result = results[main]
     others = [prefix for prefix in results if "/" in prefix]  # of other data sets, judged too
-    columns = rows[:-1] + [prefix for prefix in ("val",) if prefix in results and prefix != main] + [main, *others]
+    columns = [prefix for prefix in ROWS if prefix in results] + others
     listed = not len(result.class_queries)
     charts = {"roc": roc(results), "histogram": histogram(result)}
     if not listed:
