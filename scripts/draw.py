@@ -76,14 +76,13 @@ def photograph(page: str, to: Path, width: int, height: int) -> None:
 
 
 def page_of(run: Path, overrides: list[str]) -> Path:
-    """The report of a run, or the comparison of a sweep, after making what is not there."""
+    """The report of a run, or the comparison of a sweep, made anew; the runs only where they are not there."""
     place = os.path.relpath(run, ROOT)  # the page tells the command
     swept = overrides[0] == "-m"
     page, commands = run / ("comparison.html" if swept else "report.html"), []
     if len(list(run.rglob("metrics.json"))) < math.prod(len(override.split(",")) for override in overrides):
         commands.append(["train.py", *overrides, "logger=none", f"{'hydra.sweep.dir' if swept else 'paths.output_dir'}={place}"])
-    if commands or not page.is_file():
-        commands.append(["scripts/compare.py", place, "--html", str(page)] if swept else ["scripts/report.py", place])
+    commands.append(["scripts/compare.py", place, "--html", str(page)] if swept else ["scripts/report.py", place])
     for one in commands:
         if subprocess.run([sys.executable, *one], cwd=ROOT).returncode:
             sys.exit(f"error: {' '.join(one)} failed, see above")

@@ -412,11 +412,8 @@ def test_pictures_are_of_runs_that_are_there_or_made_first(tmp_path, monkeypatch
     compared = ["scripts/compare.py", place, "--html", str(tmp_path / "comparison.html")]
     assert draw.page_of(tmp_path, sweep) == tmp_path / "comparison.html"
     assert made == [["train.py", *sweep, f"hydra.sweep.dir={place}"], compared]
-    draw.page_of(tmp_path, sweep)  # the runs are there, the page is not
+    draw.page_of(tmp_path, sweep)  # the runs are there, and the page may be of earlier code
     assert made[2:] == [compared]
-    (tmp_path / "comparison.html").write_text("")
-    draw.page_of(tmp_path, sweep)
-    assert len(made) == 3
 
 
 def test_a_picture_that_cannot_be_taken_says_why(tmp_path, monkeypatch):
