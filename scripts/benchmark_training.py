@@ -2,9 +2,11 @@
 
     python scripts/benchmark_training.py --check                              # a few minutes; exit code 1 when a target is missed
     python scripts/benchmark_training.py --full --json docs/training.json     # and the minutes of a whole run on Omniglot
+    python scripts/benchmark_training.py --gpu --json docs/training_gpu.json  # a minute, where there is a GPU: ResNet-50 at 224 pixels
 
 A step is one of `python train.py loss=triplet miner=semihard`, conv4 on letters, 32 classes x 4: batch, augmentation, encoder, miner,
-loss, optimizer, schedule. Times are CPU seconds of one thread, in turn with what they are compared with, and medians.
+loss, optimizer, schedule. Times are CPU seconds of one thread, in turn with what they are compared with, and medians; on a GPU wall
+time, until it has done what it was given.
 `docs/training.json` is what README.md shows (scripts/readme.py).
 """
 
@@ -38,20 +40,22 @@ def assembled(*overrides: str):
     return config, data, module
 
 
-def bare(data, module):
+def bare(data, module, device: str = "cpu", bf16: bool = False):
     """The same steps without Lightning, logging and the health of the space: a generator, each `next` is one of them."""
     import itertools
 
     import torch
 
+    module.to(device).train()
     optimizer = module.grouped_optimizer()
     schedule = module.scheduled(optimizer, 10**6) if module.make_scheduler else None
     generator = torch.Generator().manual_seed(0)
-    module.train()
     for epoch in itertools.count():
         data._training_loader.sampler.set_epoch(epoch)
         for batch in data._training_loader:
-            embeddings = module.model(module.augmented(batch, generator))
+            batch = data.transfer_batch_to_device(batch, torch.device(device), 0)
+            with torch.autocast(device, torch.bfloat16, enabled=bf16):
+                embeddings = module.model(module.augmented(batch, generator))
             loss = module.loss(embeddings, batch.labels, module.miner(embeddings, batch.labels))
             optimizer.zero_grad()
             loss.backward()
@@ -61,12 +65,21 @@ def bare(data, module):
             yield
 
 
-def beside_bare() -> list[dict]:
-    """In one process: after every few steps of the trainer as many of the bare loop, within a callback whose time does not count."""
+def in_turn(device: str, *overrides: str) -> tuple[float, float]:
+    """Seconds of a step of the whole system and of the bare loop.
+
+    In one process: after every few steps of the trainer as many of the bare loop, within a callback whose time does not count.
+    """
     import torch
     from lightning.pytorch.callbacks import Callback
 
     from train import make_trainer
+
+    def clock() -> float:
+        if device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
 
     class InTurn(Callback):
         def __init__(self, loop):
@@ -74,33 +87,62 @@ def beside_bare() -> list[dict]:
 
         def on_train_batch_start(self, trainer, *_):
             if self.started is None:
-                self.started = time.process_time()
+                self.started = clock()
 
         def on_train_batch_end(self, trainer, *_):
             self.steps += 1
             if self.steps % STEPS:
                 return
-            self.times[0].append(time.process_time() - self.started)
-            before = time.process_time()
+            self.times[0].append(clock() - self.started)
+            before = clock()
             for _ in range(STEPS):
                 next(self.loop)
-            self.times[1].append(time.process_time() - before)
-            self.started = time.process_time()
+            self.times[1].append(clock() - before)
+            self.started = clock()
             trainer.should_stop = len(self.times[0]) > ROUNDS
 
-    torch.set_num_threads(1)
-    _, other, same = assembled()
+    _, other, same = assembled(*overrides)
     with tempfile.TemporaryDirectory() as folder:
-        config, data, module = assembled("trainer.max_epochs=1000", "trainer.check_val_every_n_epoch=1000", f"paths.output_dir={folder}")
-        in_turn = InTurn(bare(other, same))
+        long = ("trainer.max_epochs=1000", "trainer.check_val_every_n_epoch=1000", f"paths.output_dir={folder}")
+        config, data, module = assembled(*overrides, *long)
         trainer, _ = make_trainer(config, {}, module.model.encoder)
-        trainer.callbacks.append(in_turn)  # the last: what the others do is counted
+        watch = InTurn(bare(other, same, device, trainer.precision == "bf16-mixed"))
+        trainer.callbacks.append(watch)  # the last: what the others do is counted
         trainer.fit(module, data)
-    ours, theirs = (statistics.median(times[1:]) / STEPS for times in in_turn.times)
+    ours, theirs = (statistics.median(times[1:]) / STEPS for times in watch.times)
+    return ours, theirs
+
+
+def beside_bare() -> list[dict]:
+    import torch
+
+    torch.set_num_threads(1)
+    ours, theirs = in_turn("cpu")
     return [
         row("step of the bare loop", 1000 * theirs, unit="ms"),
         row("step of the whole system", 1000 * ours, unit="ms"),
         row("step of the whole system / of the bare loop", ours / theirs, 1.10),
+    ]
+
+
+def on_gpu(*overrides: str, size: int = 224, classes: int = 64) -> list[dict]:
+    """A large encoder on made-up photos that are held in memory."""
+    import numpy as np
+    from PIL import Image
+
+    draw = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(8 * classes):
+            place = Path(folder, f"{number % classes:03}", f"{number}.png")
+            place.parent.mkdir(exist_ok=True)
+            Image.fromarray(draw.integers(256, size=(size // 8, size // 8, 3), dtype=np.uint8)).resize((size, size)).save(place)
+        photos = ["dataset=images", f"dataset.path={folder}", f"dataset.size={size}", "dataset.cache=false", "augmentation=photo"]
+        ours, theirs = in_turn("cuda", "trainer=gpu", *photos, "encoder=timm", "encoder.model=resnet50", *overrides)
+    batch = 32 * 4
+    return [
+        row("samples a second of the bare loop", batch / theirs),
+        row("samples a second of the whole system", batch / ours),
+        row("samples a second of the whole system / of the bare loop", theirs / ours, 0.95),
     ]
 
 
@@ -245,12 +287,16 @@ if __name__ == "__main__":
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     parser.add_argument("--check", action="store_true", help="exit code 1 when a target is missed")
     parser.add_argument("--full", action="store_true", help="Omniglot too, ten minutes more")
+    parser.add_argument("--gpu", action="store_true", help="only ResNet-50 on a GPU")
     parser.add_argument("--alone", nargs=2, metavar=("WHICH", "SECONDS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.alone:
         print({"whole": whole, "naive": naive}[arguments.alone[0]](float(arguments.alone[1])))
         sys.exit()
-    rows = [*beside_bare(), *beside_naive(), *validating(), *(from_command_to_prompt() if arguments.full else ())]
+    if arguments.gpu:
+        rows = on_gpu()
+    else:
+        rows = [*beside_bare(), *beside_naive(), *validating(), *(from_command_to_prompt() if arguments.full else ())]
     if arguments.json:
         from siamese.record import write_json
 

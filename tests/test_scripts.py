@@ -254,18 +254,37 @@ def test_the_records_know_which_way_a_target_is_missed():
 # --- what training costs
 
 
-def test_the_bare_loop_takes_the_steps_that_training_takes():
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_the_bare_loop_takes_the_steps_that_training_takes(precision):
     """So that they are worth comparing: without augmentation, which each draws for itself, the weights are the same after three steps."""
     _, other, same = benchmark_training.assembled("augmentation=none", "scheduler=none")
-    loop = benchmark_training.bare(other, same)
+    loop = benchmark_training.bare(other, same, "cpu", precision == "bf16-mixed")
     for _ in range(3):
         next(loop)
     _, data, module = benchmark_training.assembled("augmentation=none", "scheduler=none")
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    brief = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0}
+    brief = {"max_epochs": 1, "limit_train_batches": 3, "limit_val_batches": 0, "precision": precision}
     L.Trainer(accelerator="cpu", use_distributed_sampler=False, **brief, **quiet).fit(module, data)
     for name, weights in module.model.state_dict().items():
         torch.testing.assert_close(same.model.state_dict()[name], weights, msg=name)
+
+
+def test_the_steps_that_are_timed_are_the_same_for_both(monkeypatch):
+    monkeypatch.setattr(benchmark_training, "ROUNDS", 2)
+    monkeypatch.setattr(benchmark_training, "STEPS", 2)
+    taken = []
+    bare = benchmark_training.bare
+
+    def counting(*arguments):
+        for _ in bare(*arguments):
+            taken.append(arguments)
+            yield
+
+    monkeypatch.setattr(benchmark_training, "bare", counting)
+    ours, theirs = benchmark_training.in_turn("cpu", "trainer.precision=bf16-mixed")
+    assert ours > 0 < theirs
+    assert len(taken) == 3 * 2  # a round more than counts
+    assert {(device, bf16) for _, _, device, bf16 in taken} == {("cpu", True)}
 
 
 def test_training_knows_which_way_a_target_is_missed():
