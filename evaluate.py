@@ -76,6 +76,7 @@ def evaluate(config: dict) -> dict[str, float]:
     record.write_json(out / "provenance.json", record.provenance(ROOT, fingerprints))
 
     started = time.perf_counter()
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     plain = judging.raw(model, data.val)
     raw = judging.judge(plain, data, goal=goal, last=True)
     judged = judging.judge(model, data, goal=goal, shown=True, last=not ckpt)

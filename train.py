@@ -67,7 +67,7 @@ def train(config: dict) -> dict[str, float]:
         started = time.perf_counter()
         before = {}
         if trainer.is_global_zero and config["baselines"]:
-            before = judging.baselines(module.model, data, config["test"], goal)
+            before = judging.baselines(module.model.to(trainer.strategy.root_device), data, config["test"], goal)
         seconds["evaluate"] += time.perf_counter() - started
 
         started = time.perf_counter()
@@ -82,7 +82,7 @@ def train(config: dict) -> dict[str, float]:
 
         started = time.perf_counter()
         best = trainer.checkpoint_callback.best_model_path
-        model = Bundle.load(best, trust=trust)
+        model = Bundle.load(best, trust=trust).to(trainer.strategy.root_device)
         results = {**before, **judging.judge(model, data, config["test"], goal, shown=True)}
         model.save(out / "bundle.safetensors")
         CarefulCheckpointIO().save_checkpoint({**load_checkpoint(best), "decision": model.decision and model.decision.plain()}, best)
@@ -334,8 +334,11 @@ def make_trainer(config: dict, provenance: dict, encoder):
     if str(node.get("precision")) in ("bf16-true", "16-true", "64-true", "64"):
         raise InputError(f"trainer.precision={node['precision']}: weights are kept in 32 bits here. Say bf16-mixed, 16-mixed or 32-true")
     if node.get("precision") == "auto":
-        cpu = torch.cpu.get_capabilities()
-        bf16 = torch.cuda.is_bf16_supported() if node["accelerator"] in ("gpu", "cuda") else cpu.get("avx512_bf16") or cpu.get("amx_bf16")
+        if node["accelerator"] in ("gpu", "cuda"):
+            bf16 = torch.cuda.is_bf16_supported()
+        else:
+            cpu = torch.cpu.get_capabilities()
+            bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         node = {**node, "precision": "bf16-mixed" if bf16 else "32-true"}
     if str(node.get("strategy")) == "ddp" and any(isinstance(callback, Freeze) for callback in callbacks):
         node = {**node, "strategy": "ddp_find_unused_parameters_true"}

@@ -81,6 +81,11 @@ class Bundle(nn.Module):
         """The score from which two inputs count as the same."""
         return None if self.decision is None else self.decision.threshold
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are; the CPU if it has none."""
+        return next((weight.device for weight in self.parameters()), torch.device("cpu"))
+
     def fingerprint(self) -> str:
         """32 hex digits that change when a weight does, or a part: embeddings of models with the same one can be compared."""
         digest = hashlib.blake2b(json.dumps(self.parts, sort_keys=True).encode(), digest_size=16)
@@ -119,11 +124,10 @@ class Bundle(nn.Module):
     @torch.no_grad()
     def embed(self, inputs: Tensor, batch_size: int = 512) -> Tensor:
         """[N, ...] -> float32 [N, D] on the CPU, in evaluation mode, batch by batch; averaged over `views`."""
-        device = next((p.device for p in self.parameters()), torch.device("cpu"))
         training = [module for module in self.modules() if module.training]  # some may be frozen
         self.eval()
         try:
-            return torch.cat([self._averaged(batch.to(device)).cpu() for batch in inputs.split(batch_size)])
+            return torch.cat([self._averaged(batch.to(self.device)).cpu() for batch in inputs.split(batch_size)])
         finally:
             for module in training:
                 module.training = True

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import lightning.pytorch as L
@@ -43,6 +44,8 @@ class Health(Callback):
             )
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_) -> None:
+        if trainer.global_step % trainer.log_every_n_steps:  # there are no newer figures, and to look at one is to wait for the GPU
+            return
         if not self.warned_of_none and trainer.global_step >= self.patience and trainer.callback_metrics.get("train/mined_tuples") == 0:
             self.warned_of_none = True
             log.warning(
@@ -288,7 +291,20 @@ def _copy(state: dict) -> dict:
 
 
 class ProgressBar(RichProgressBar):
-    """Lightning's, with the loss, the share of tuples that the miner kept, and the last validation, on a line of 80 columns."""
+    """Lightning's, with the loss, the share of tuples that the miner kept, and the last validation, on a line of 80 columns.
+
+    It looks at a step four times a second at most: to read a loss is to wait for the GPU, which meanwhile is given no work.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self._due = 0.0
+
+    def on_train_batch_end(self, trainer: L.Trainer, *arguments) -> None:
+        if time.monotonic() < self._due and not trainer.is_last_batch:
+            return
+        super().on_train_batch_end(trainer, *arguments)
+        self._due = time.monotonic() + 0.25
 
     def configure_columns(self, trainer: L.Trainer) -> list:
         columns = [column for column in super().configure_columns(trainer) if not isinstance(column, ProcessingSpeedColumn)]

@@ -24,7 +24,7 @@ def judge(
     Where `val` is of classes that are trained on, neither it is given nor what goes by its threshold.
 
     Args:
-        model: its decision is set to the one fitted on validation, or to None.
+        model: its decision is set to the one fitted on validation, or to None. It embeds, and its embeddings are compared, on its device.
         data: has `val`, `test` and `source`, as `SiameseData` does.
         test: False never touches the test split.
         goal: of the threshold, see `siamese.decision.goal_rate`.
@@ -126,7 +126,7 @@ def judge_samples(
 
     Judged are the pairs or triplets that it lists, if it does, or its queries against its gallery, where it has these.
     """
-    embeddings = model.embed(samples.inputs)
+    embeddings = model.embed(samples.inputs).to(model.device)
     fitted = {"goal": goal}
     if decision is not None:
         fitted = {"threshold": decision.threshold, "calibration": [decision.slope, decision.intercept]}
@@ -148,7 +148,7 @@ def judge_samples(
 def _embed_run(model: Bundle, queries: Samples, supports: Samples) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     place = {int(label): row for row, label in enumerate(supports.labels)}
     answer = torch.tensor([place[int(label)] for label in queries.labels])
-    return model.embed(queries.inputs), model.embed(supports.inputs), answer
+    return model.embed(queries.inputs).to(model.device), model.embed(supports.inputs).to(model.device), answer
 
 
 def figures(results: dict[str, EvaluationResult]) -> Iterator[tuple[str, float | list[float]]]:
