@@ -347,5 +347,18 @@ def test_an_unknown_callback_in_a_list_is_refused_with_those_there_are():
     ],
 )
 def test_the_progress_line_has_the_loss_what_was_mined_and_the_last_validation(miner, metrics, shown):
-    trainer = SimpleNamespace(callback_metrics=metrics, progress_bar_metrics={"train/loss": 1.5}, loggers=[])
+    trainer = SimpleNamespace(callback_metrics=metrics, progress_bar_metrics={"train/loss": 1.5}, loggers=[], training=True)
     assert ProgressBar().get_metrics(trainer, SimpleNamespace(miner=miner)) == {"loss": 1.5, **shown}
+
+
+def test_the_progress_line_reads_a_loss_once_a_second_and_at_the_end_of_an_epoch(monkeypatch):
+    now = 10.0
+    monkeypatch.setattr("siamese.callbacks.time.monotonic", lambda: now)
+    trainer = SimpleNamespace(callback_metrics={}, progress_bar_metrics={}, loggers=[], training=True, is_last_batch=False)
+    bar, seen = ProgressBar(), []
+    for seconds, last, training in ((0, False, True), (0.9, False, True), (0.2, False, True), (0.1, True, True), (0.1, False, False)):
+        now += seconds
+        trainer.is_last_batch, trainer.training = last, training
+        trainer.progress_bar_metrics["train/loss"] = now
+        seen.append(bar.get_metrics(trainer, SimpleNamespace(miner=None))["loss"])
+    assert seen == pytest.approx([10.0, 10.0, 11.1, 11.2, 11.3])

@@ -293,18 +293,12 @@ def _copy(state: dict) -> dict:
 class ProgressBar(RichProgressBar):
     """Lightning's, with the loss, the share of tuples that the miner kept, and the last validation, on a line of 80 columns.
 
-    It looks at a step four times a second at most: to read a loss is to wait for the GPU, which meanwhile is given no work.
+    Within an epoch they are read once a second: to read a loss is to wait for the GPU, which meanwhile is given no work.
     """
 
     def __init__(self):
         super().__init__()
-        self._due = 0.0
-
-    def on_train_batch_end(self, trainer: L.Trainer, *arguments) -> None:
-        if time.monotonic() < self._due and not trainer.is_last_batch:
-            return
-        super().on_train_batch_end(trainer, *arguments)
-        self._due = time.monotonic() + 0.25
+        self._shown, self._due = {}, 0.0
 
     def configure_columns(self, trainer: L.Trainer) -> list:
         columns = [column for column in super().configure_columns(trainer) if not isinstance(column, ProcessingSpeedColumn)]
@@ -313,6 +307,8 @@ class ProgressBar(RichProgressBar):
         return columns
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict:
+        if time.monotonic() < self._due and trainer.training and not trainer.is_last_batch:
+            return self._shown
         known = {**trainer.callback_metrics, **super().get_metrics(trainer, module)}
         names = {"train/loss": "loss", "train/mined_fraction": "mined", "val/recall_at_1": "R@1", "val/average_precision": "AP"}
         shown = {name: float(known[key]) for key, name in names.items() if key in known}
@@ -320,4 +316,5 @@ class ProgressBar(RichProgressBar):
             shown.pop("mined", None)
         if "R@1" in shown:  # of classes; the average precision alone is of listed pairs
             shown.pop("AP", None)
+        self._shown, self._due = shown, time.monotonic() + 1
         return shown

@@ -207,8 +207,8 @@ class SiameseModule(L.LightningModule):
                 figures["train/miner_stage"] = float(list(miner.starts).index(miner.stage))
             if not self._told and not (loss.isfinite() and embeddings.isfinite().all()):
                 self._tell_of(loss, embeddings, batch)
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch.labels))
-        self.log_dict(figures, batch_size=len(batch.labels))
+        if logged or self.trainer.is_last_batch:  # to log takes Lightning a millisecond
+            self.log_dict({"train/loss": loss, **figures}, prog_bar=True, batch_size=len(batch.labels))
         return loss
 
     def _tell_of(self, loss: Tensor, embeddings: Tensor, batch: Batch) -> None:

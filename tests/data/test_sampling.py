@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
 
+from siamese.data.module import Ahead
 from siamese.data.samples import Samples
 from siamese.data.sampling import BalancedBatchSampler, PairDataset, TripletDataset, balanced, pairs, triplets
 
@@ -423,3 +424,29 @@ def test_a_batch_has_no_more_classes_than_there_are_and_the_log_says_so(caplog):
     loader = balanced(Samples(torch.zeros(20, 1), labels, list("abcde"), [str(row) for row in range(20)]), seed=0)
     assert all(len(batch.labels.unique()) == 5 for batch in loader)
     assert caplog.messages == ["sampling.classes=32, but there are 5 training classes: batches have these 5"]
+
+
+# For a GPU
+
+
+def test_batches_made_ahead_are_those_of_the_loader(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda inputs: inputs + 0.5)
+    loader = balanced(numbered([5] * 9), 0, 4, 3)
+    ahead = Ahead(loader)
+    assert len(ahead) == len(loader) > 2
+    for epoch in range(3):
+        ahead.sampler.set_epoch(epoch)
+        made = list(ahead)
+        assert len(made) == len(loader)
+        for one, other in zip(made, loader, strict=True):
+            assert torch.equal(one.inputs - 0.5, other.inputs), "each pinned once"
+            assert torch.equal(one.labels, other.labels)
+    for _ in ahead:
+        break  # as when a run ends in the middle of an epoch
+    assert len(list(ahead)) == len(loader)
+
+
+def test_what_goes_wrong_while_a_batch_is_made_ahead_is_said(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda inputs: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(Ahead(balanced(numbered([5] * 9), 0, 4, 3)))

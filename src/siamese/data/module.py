@@ -1,6 +1,7 @@
 """The LightningDataModule: a source's splits, and the loaders that cut them into batches."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 
 import lightning.pytorch as L
@@ -8,9 +9,35 @@ import torch
 from torch.utils.data import DataLoader
 
 from siamese.data import sampling
-from siamese.data.samples import Samples, Source
+from siamese.data.samples import Batch, Samples, Source
 
 _BATCH = 512
+
+
+class Ahead:
+    """A loader's batches for a GPU, each made by a thread while the one before is computed, its inputs in pinned memory.
+
+    What is not pinned a GPU fetches only when it has done all that it was given, and stands still meanwhile.
+    """
+
+    def __init__(self, loader: DataLoader):
+        self.loader, self.sampler, self.dataset = loader, loader.sampler, loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = iter(self.loader)
+
+        def pinned() -> Batch | None:
+            batch = next(batches, None)
+            return batch and batch._replace(inputs=batch.inputs.pin_memory())
+
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(pinned)
+            while batch := coming.result():
+                coming = thread.submit(pinned)
+                yield batch
 
 
 class SiameseData(L.LightningDataModule):
@@ -132,10 +159,11 @@ class SiameseData(L.LightningDataModule):
             raise ValueError("the training split has no samples")
         _ = self._training_loader
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> "DataLoader | Ahead":
         """The same batches on every rank, each with the rank's own part of the inputs; before there is a trainer, with all of them."""
         self.train.share = self._share
-        return self._training_loader
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return Ahead(self._training_loader) if on_gpu else self._training_loader
 
     def val_dataloader(self) -> list[DataLoader]:
         """The validation samples that are watched, in order, to be embedded; where training brings its own tuples, fixed ones too.

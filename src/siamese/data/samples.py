@@ -129,7 +129,7 @@ class Samples(Dataset):
         places = None
         if ranks > 1:
             places = (rank + ranks * torch.arange(max(-(-len(rows) // ranks), 2))) % len(rows)
-        inputs = self.inputs[rows if places is None else rows[places]]
+        inputs = self.inputs.index_select(0, rows if places is None else rows[places])  # a tenth of the time of [rows]
         return Batch(inputs, self.labels[rows], tuples, rows, None if self.gallery is None else self.gallery[rows], places)
 
     def __repr__(self) -> str:
