@@ -353,7 +353,7 @@ EXPERIMENTS = [name for name in available("experiment") if name not in ("none", 
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_shipped_experiment_runs(command, drawings, transformer, tmp_path, experiment):
+def test_every_shipped_experiment_runs(command, drawings, transformer, questions, tmp_path, experiment):
     dataset, quick = compose([f"experiment={experiment}", f"dataset.path={tmp_path}"])["choices"]["dataset"], []
     if experiment == "koch":  # the least size that its encoder takes; 38 million weights of its 39 are of the last layer
         quick = ["dataset.size=65", "encoder.embedding_size=128", "sampling.batch_size=8", f"dataset.path={drawings}"]
@@ -362,6 +362,8 @@ def test_every_shipped_experiment_runs(command, drawings, transformer, tmp_path,
             rows = [f"COL n VAL {name} {row // 2}\tCOL n VAL {name} {row // 2 + row % 2} !\t{1 - row % 2}\n" for row in range(20)]
             (tmp_path / f"{name}.txt").write_text("".join(rows))
         quick = [f"dataset.path={tmp_path}", f"encoder.model={transformer}", "encoder.max_length=32", "sampling.batch_size=4", "test=false"]
+    elif experiment == "intents":
+        quick = [f"dataset.path={questions}", f"encoder.model={transformer}", "encoder.max_length=32", "test=false"]
     elif dataset == "omniglot":
         quick = [f"dataset.path={drawings}", "sampling.classes=16"]
     quick += ["dataset.background=small1", "dataset.validation=1", "test=false"] if dataset == "omniglot" else []
