@@ -26,7 +26,7 @@ ALSO = {"sampling": ["loss=contrastive"]}
 @pytest.fixture(autouse=True)
 def data_is_at_hand(drawings, monkeypatch):
     """As far as the check looks: the folder is there."""
-    for name in ("omniglot", "abt_buy", "cub200"):
+    for name in ("omniglot", "abt_buy", "cub200", "clinc150"):
         (drawings.parent / name).mkdir(exist_ok=True)
     monkeypatch.setenv("SIAMESE_DATA_DIR", str(drawings.parent))
 

@@ -363,7 +363,7 @@ def test_every_shipped_experiment_runs(command, drawings, transformer, questions
             (tmp_path / f"{name}.txt").write_text("".join(rows))
         quick = [f"dataset.path={tmp_path}", f"encoder.model={transformer}", "encoder.max_length=32", "sampling.batch_size=4", "test=false"]
     elif experiment == "intents":
-        quick = [f"dataset.path={questions}", f"encoder.model={transformer}", "encoder.max_length=32", "test=false"]
+        quick = ["dataset=texts", f"dataset.path={questions}", f"encoder.model={transformer}", "encoder.max_length=32", "test=false"]
     elif dataset == "omniglot":
         quick = [f"dataset.path={drawings}", "sampling.classes=16"]
     quick += ["dataset.background=small1", "dataset.validation=1", "test=false"] if dataset == "omniglot" else []
