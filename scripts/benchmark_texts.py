@@ -96,15 +96,8 @@ def measure(model: str | None, full: bool) -> list[dict]:
     if not full:
         return rows
     with tempfile.TemporaryDirectory() as folder:
-        own = [
-            "dataset=texts",
-            f"dataset.path={ten_of_each(source, Path(folder))}",
-            "check=warn",
-            "leakage=off",
-            "test=false",
-            "baselines=false",
-        ]
-        tuned, _ = trained("experiment=intents", *own, *mine)
+        own = ["dataset=texts", f"dataset.path={ten_of_each(source, Path(folder))}", "check=warn", "leakage=off"]
+        tuned, _ = trained("experiment=intents", *own, *mine, "test=false", "baselines=false")
     accuracy, auc = ten_shot(tuned, source, draws=1)
     rows.append(row("clinc150 tuned on ten of each, 10-shot accuracy", accuracy, 0.948))
     rows.append(row("clinc150 tuned on ten of each, out-of-scope auc", auc, 0.9))

@@ -128,8 +128,11 @@ def beside_bare() -> list[dict]:
 def on_gpu(*overrides: str, size: int = 224, classes: int = 60, each: int = 40) -> list[dict]:
     """A large encoder on made-up photos that are held in memory, 19 batches an epoch: CUB-200 has 45."""
     import numpy as np
+    import torch
     from PIL import Image
 
+    if not torch.cuda.is_available():
+        sys.exit("error: --gpu: this machine has no GPU that torch can use")
     draw = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         for number in range((classes + 4) * each):

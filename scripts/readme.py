@@ -68,8 +68,8 @@ def figures() -> str:
     costs = {row["name"]: row["value"] for row in json.loads((ROOT / "docs" / "training.json").read_text())}
     rows += [
         "",
-        f"{values['glyphs command to prompt']:.0f} seconds from command to prompt on two CPU cores with bfloat16, two to three "
-        "times as long without. Omniglot's official one-shot questions ([all](docs/omniglot.md)): "
+        f"{values['glyphs command to prompt']:.0f} seconds from command to prompt on two CPU cores. "
+        "Omniglot's official one-shot questions ([all](docs/omniglot.md)): "
         f"`experiment=omniglot_record` {100 - records['full: error']:.1f} %, on five alphabets "
         f"{100 - records['small1 and small2: error']:.1f} %,",
         f"`omniglot_quick` {100 - costs['omniglot_quick: error']:.1f} % in {costs['omniglot_quick: minutes']:.1f} minutes "

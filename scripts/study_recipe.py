@@ -150,7 +150,8 @@ def page(found: dict) -> str:
 `experiment=omniglot_record` with one thing changed at a time, on five alphabets (`small1`), {EPOCHS * 22} steps of 128 drawings at most,
 judged on the 25 other alphabets of the background set: the test is not touched. The error is of 20-way one-shot runs within an alphabet,
 made as the authors' are from 21 alphabets with twenty characters, mean ± standard deviation over {seeds} seeds; some of these alphabets
-are harder than those of the official runs. Changes are of equal seeds. Seconds are CPU time of the whole command, judging included.
+are harder than those of the official runs. Changes are of equal seeds. Seconds are CPU time of the whole command, judging included,
+in bfloat16 if the processor has it (`trainer.precision=auto`).
 Written by `python scripts/study_recipe.py`; the figures of each seed are in [recipe.json](recipe.json).
 
 {table(found, [RECIPE, *(name for name in ranked(found, PARTS) if name != RECIPE)], RECIPE)}

@@ -287,6 +287,27 @@ def test_the_steps_that_are_timed_are_the_same_for_both(monkeypatch):
     assert {(device, bf16) for _, _, device, bf16 in taken} == {("cpu", True)}
 
 
+def test_the_photos_for_a_gpu_are_held_in_memory(monkeypatch):
+    held = []
+
+    def in_turn(device, *words):
+        _, data, module = benchmark_training.assembled(*("trainer=cpu" if word == "trainer=gpu" else word for word in words))
+        held.append(
+            (device, data.train.inputs.shape, next(iter(data.train_dataloader())).inputs.shape, type(module.model.encoder).__name__)
+        )
+        return 0.5, 0.4
+
+    monkeypatch.setattr(benchmark_training, "in_turn", in_turn)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="error: --gpu: this machine has no GPU"):
+        benchmark_training.on_gpu()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    rows = benchmark_training.on_gpu("encoder.model=test_resnet", size=32, classes=33, each=5)
+    assert held == [("cuda", (165, 3, 32, 32), (128, 3, 32, 32), "Timm")]
+    assert [row["value"] for row in rows] == [320, 256, 0.8]
+    assert len(benchmark_training.missed(rows)) == 1
+
+
 def test_training_knows_which_way_a_target_is_missed():
     good = [{"name": "samples a second", "value": 3.2, "target": 3.0, "unit": ""}]
     good.append({"name": "step / of the bare loop", "value": 1.05, "target": 1.1, "unit": ""})

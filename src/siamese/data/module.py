@@ -21,7 +21,7 @@ class Ahead:
     """
 
     def __init__(self, loader: DataLoader):
-        self.loader, self.sampler, self.dataset = loader, loader.sampler, loader.dataset
+        self.loader, self.sampler = loader, loader.sampler  # whose epoch the trainer sets
 
     def __len__(self) -> int:
         return len(self.loader)
