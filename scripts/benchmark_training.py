@@ -2,7 +2,7 @@
 
     python scripts/benchmark_training.py --check                              # a few minutes; exit code 1 when a target is missed
     python scripts/benchmark_training.py --full --json docs/training.json     # and the minutes of a whole run on Omniglot
-    python scripts/benchmark_training.py --gpu --json docs/training_gpu.json  # a minute, where there is a GPU: ResNet-50 at 224 pixels
+    python scripts/benchmark_training.py --gpu --json docs/training_gpu.json  # two minutes of a GPU: ResNet-50 at 224 pixels
 
 A step is one of `python train.py loss=triplet miner=semihard`, conv4 on letters, 32 classes x 4: batch, augmentation, encoder, miner,
 loss, optimizer, schedule. Times are CPU seconds of one thread, in turn with what they are compared with, and medians; on a GPU wall
@@ -40,19 +40,25 @@ def assembled(*overrides: str):
     return config, data, module
 
 
-def bare(data, module, device: str = "cpu", bf16: bool = False):
-    """The same steps without Lightning, logging and the health of the space: a generator, each `next` is one of them."""
+def bare(data, module, device: str = "cpu", bf16: bool = False, ahead: bool = False):
+    """The same steps without Lightning, logging and the health of the space: a generator, each `next` is one of them.
+
+    Batches are made when they are asked for; with `ahead` by a thread, in pinned memory, as those of a run on a GPU are.
+    """
     import itertools
 
     import torch
 
+    from siamese.data.module import Ahead
+
+    loader = Ahead(data._training_loader) if ahead else data._training_loader
     module.to(device).train()
     optimizer = module.grouped_optimizer()
     schedule = module.scheduled(optimizer, 10**6) if module.make_scheduler else None
     generator = torch.Generator().manual_seed(0)
     for epoch in itertools.count():
-        data._training_loader.sampler.set_epoch(epoch)
-        for batch in data._training_loader:
+        loader.sampler.set_epoch(epoch)
+        for batch in loader:
             batch = data.transfer_batch_to_device(batch, torch.device(device), 0)
             with torch.autocast(device, torch.bfloat16, enabled=bf16):
                 embeddings = module.model(module.augmented(batch, generator))
@@ -65,8 +71,8 @@ def bare(data, module, device: str = "cpu", bf16: bool = False):
             yield
 
 
-def in_turn(device: str, *overrides: str) -> tuple[float, float]:
-    """Seconds of a step of the whole system and of the bare loop.
+def in_turn(device: str, *overrides: str, ahead: bool = False) -> tuple[float, float]:
+    """Seconds of a step of the whole system and of the bare loop, which has its batches `ahead` or not.
 
     In one process: after every few steps of the trainer as many of the bare loop, within a callback whose time does not count.
     """
@@ -106,7 +112,7 @@ def in_turn(device: str, *overrides: str) -> tuple[float, float]:
         long = ("trainer.max_epochs=1000", "trainer.check_val_every_n_epoch=1000", f"paths.output_dir={folder}")
         config, data, module = assembled(*overrides, *long)
         trainer, _ = make_trainer(config, {}, module.model.encoder)
-        watch = InTurn(bare(other, same, device, trainer.precision == "bf16-mixed"))
+        watch = InTurn(bare(other, same, device, trainer.precision == "bf16-mixed", ahead))
         trainer.callbacks.append(watch)  # the last: what the others do is counted
         trainer.fit(module, data)
     ours, theirs = (statistics.median(times[1:]) / STEPS for times in watch.times)
@@ -141,12 +147,16 @@ def on_gpu(*overrides: str, size: int = 224, classes: int = 60, each: int = 40) 
             Image.fromarray(draw.integers(256, size=(size // 8, size // 8, 3), dtype=np.uint8)).resize((size, size)).save(place)
         photos = ["dataset=images", f"dataset.path={folder}", f"dataset.size={size}", "dataset.cache=false", "augmentation=photo"]
         photos += ["dataset.val=['000','001']", "dataset.test=['002','003']"]
-        ours, theirs = in_turn("cuda", "trainer=gpu", *photos, "encoder=timm", "encoder.model=resnet50", *overrides)
+        words = ["trainer=gpu", *photos, "encoder=timm", "encoder.model=resnet50", *overrides]
+        (ours, theirs), (again, thread) = (in_turn("cuda", *words, ahead=ahead) for ahead in (False, True))
     batch = 32 * 4
     return [
         row("samples a second of the bare loop", batch / theirs),
         row("samples a second of the whole system", batch / ours),
         row("samples a second of the whole system / of the bare loop", theirs / ours, 0.95),
+        row("samples a second of the bare loop with a thread that makes its batches", batch / thread),
+        row("samples a second of the whole system beside it", batch / again),
+        row("samples a second of the whole system / of the bare loop with a thread", thread / again),
     ]
 
 

@@ -254,11 +254,12 @@ def test_the_records_know_which_way_a_target_is_missed():
 # --- what training costs
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_the_bare_loop_takes_the_steps_that_training_takes(precision):
+@pytest.mark.parametrize(("precision", "ahead"), [("32-true", False), ("bf16-mixed", False), ("32-true", True)])
+def test_the_bare_loop_takes_the_steps_that_training_takes(precision, ahead, monkeypatch):
     """So that they are worth comparing: without augmentation, which each draws for itself, the weights are the same after three steps."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda inputs: inputs)
     _, other, same = benchmark_training.assembled("augmentation=none", "scheduler=none")
-    loop = benchmark_training.bare(other, same, "cpu", precision == "bf16-mixed")
+    loop = benchmark_training.bare(other, same, "cpu", precision == "bf16-mixed", ahead)
     for _ in range(3):
         next(loop)
     _, data, module = benchmark_training.assembled("augmentation=none", "scheduler=none")
@@ -284,18 +285,18 @@ def test_the_steps_that_are_timed_are_the_same_for_both(monkeypatch):
     ours, theirs = benchmark_training.in_turn("cpu", "trainer.precision=bf16-mixed")
     assert ours > 0 < theirs
     assert len(taken) == 3 * 2  # a round more than counts
-    assert {(device, bf16) for _, _, device, bf16 in taken} == {("cpu", True)}
+    assert {told[2:] for told in taken} == {("cpu", True, False)}
 
 
 def test_the_photos_for_a_gpu_are_held_in_memory(monkeypatch):
     held = []
 
-    def in_turn(device, *words):
+    def in_turn(device, *words, ahead):
         _, data, module = benchmark_training.assembled(*("trainer=cpu" if word == "trainer=gpu" else word for word in words))
         held.append(
             (device, data.train.inputs.shape, next(iter(data.train_dataloader())).inputs.shape, type(module.model.encoder).__name__)
         )
-        return 0.5, 0.4
+        return (0.5, 0.25) if ahead else (0.5, 0.4)
 
     monkeypatch.setattr(benchmark_training, "in_turn", in_turn)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -303,8 +304,8 @@ def test_the_photos_for_a_gpu_are_held_in_memory(monkeypatch):
         benchmark_training.on_gpu()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     rows = benchmark_training.on_gpu("encoder.model=test_resnet", size=32, classes=33, each=5)
-    assert held == [("cuda", (165, 3, 32, 32), (128, 3, 32, 32), "Timm")]
-    assert [row["value"] for row in rows] == [320, 256, 0.8]
+    assert held == [("cuda", (165, 3, 32, 32), (128, 3, 32, 32), "Timm")] * 2
+    assert [row["value"] for row in rows] == [320, 256, 0.8, 512, 256, 0.5]
     assert len(benchmark_training.missed(rows)) == 1
 
 
