@@ -24,7 +24,19 @@ A run's directory, logs/train/runs/<stamp>/, holds metrics.json, results.npz, ch
 
 import sys
 
-from siamese.config import ROOT, InputError, as_input_error, build, bundle_arguments, construct, first_difference, launch, partial, rates
+from siamese.config import (
+    ROOT,
+    InputError,
+    as_input_error,
+    build,
+    bundle_arguments,
+    construct,
+    first_difference,
+    launch,
+    partial,
+    rates,
+    starts_processes,
+)
 
 
 def train(config: dict) -> dict[str, float]:
@@ -35,6 +47,7 @@ def train(config: dict) -> dict[str, float]:
     from pathlib import Path
 
     import lightning.pytorch as L
+    import torch
     from rich.console import Console
 
     from siamese import judging, record, reporting
@@ -65,9 +78,10 @@ def train(config: dict) -> dict[str, float]:
     try:
         trainer, wandb_logger = make_trainer(config, provenance, module.model.encoder)
         started = time.perf_counter()
-        before = {}
+        before, device = {}, trainer.strategy.root_device
+        device = device if device.type == "cuda" else torch.device("cpu")  # judging needs double precision, which not all have
         if trainer.is_global_zero and config["baselines"]:
-            before = judging.baselines(module.model.to(trainer.strategy.root_device), data, config["test"], goal)
+            before = judging.baselines(module.model.to(device), data, config["test"], goal)
         seconds["evaluate"] += time.perf_counter() - started
 
         started = time.perf_counter()
@@ -82,7 +96,7 @@ def train(config: dict) -> dict[str, float]:
 
         started = time.perf_counter()
         best = trainer.checkpoint_callback.best_model_path
-        model = Bundle.load(best, trust=trust).to(trainer.strategy.root_device)
+        model = Bundle.load(best, trust=trust).to(device)
         results = {**before, **judging.judge(model, data, config["test"], goal, shown=True)}
         model.save(out / "bundle.safetensors")
         CarefulCheckpointIO().save_checkpoint({**load_checkpoint(best), "decision": model.decision and model.decision.plain()}, best)
@@ -305,7 +319,9 @@ def make_trainer(config: dict, provenance: dict, encoder):
         ValidateLastEpoch,
     )
     from siamese.evaluation import higher_is_better
+    from siamese.frozen import frozen_tensors
 
+    log = logging.getLogger("train")
     keep_memory()
     # What Lightning says of devices, workers and directories on every start tells a user of this template nothing.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -328,6 +344,9 @@ def make_trainer(config: dict, provenance: dict, encoder):
     ]
     for name, node in config["callbacks"].items():
         callbacks.append(construct(node, f"callbacks.{name}", monitor=metric, mode=mode, encoder=encoder))
+    for_good = any(isinstance(callback, Freeze) and callback.until_epoch is None for callback in callbacks)
+    if (for_good or frozen_tensors(encoder)) and not (config["encoder"].get("pretrained") or config["init_from"] or config["ckpt"]):
+        log.warning("what is frozen has random weights, and keeps them: say encoder.pretrained=true, or init_from= another run")
     node = config["trainer"]
     if node["accelerator"] in ("gpu", "cuda") and not torch.cuda.is_available():
         raise InputError(f"trainer.accelerator={node['accelerator']}: this machine has no GPU that torch can use. Say trainer=cpu")
@@ -340,7 +359,8 @@ def make_trainer(config: dict, provenance: dict, encoder):
             cpu = torch.cpu.get_capabilities()
             bf16 = cpu.get("avx512_bf16") or cpu.get("amx_bf16")
         node = {**node, "precision": "bf16-mixed" if bf16 else "32-true"}
-    if str(node.get("strategy")) == "ddp" and any(isinstance(callback, Freeze) for callback in callbacks):
+    several = starts_processes(config) and str(node.get("strategy", "auto")) in ("auto", "ddp")
+    if several and any(isinstance(callback, Freeze) for callback in callbacks):
         node = {**node, "strategy": "ddp_find_unused_parameters_true"}
     plugins = [CarefulCheckpointIO()]
     if SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:

@@ -2,7 +2,7 @@
 # One run as a SLURM job, from the root of the repository, with the environment activated:
 #
 #     sbatch scripts/slurm.sh loss=triplet miner=semihard
-#     sbatch --partition=gpu --gpus-per-node=2 --ntasks-per-node=2 scripts/slurm.sh trainer=gpu
+#     sbatch --partition=gpu --gpus-per-node=2 --ntasks-per-node=2 scripts/slurm.sh trainer=ddp
 #
 # What sbatch is told on the command line goes before these lines. A task for each device: the run takes both numbers from here.
 #SBATCH --job-name=siamese

@@ -147,8 +147,9 @@ def test_a_part_that_the_encoder_lacks_is_refused_before_anything_is_trained(fit
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_a_part_is_frozen_in_a_whole_run(fit, tmp_path):
+def test_a_part_is_frozen_in_a_whole_run(fit, tmp_path, caplog):
     fit(tmp_path, "callbacks=[freeze,early_stopping]", "callbacks.freeze.parts=[layers.0]", "test=false")
+    assert "what is frozen has random weights, and keeps them: say encoder.pretrained=true" in caplog.text
     state = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
     assert state["config"]["choices"]["callbacks"] == "freeze,early_stopping"
     (group,) = state["optimizer_states"][0]["param_groups"]

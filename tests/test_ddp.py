@@ -87,7 +87,8 @@ def test_ranks_started_from_outside_leave_one_run(ranks, tiny, tmp_path):
     frozen = ("callbacks=freeze", "callbacks.freeze.parts=[layers.0]")  # weights without a gradient, which DDP has to be told of
     # In bfloat16, which a processor may have, epochs are validated; in the end it is in single precision.
     logged = [*(override for override in tiny if override != "logger=none"), "logger=wandb", "trainer.precision=32-true"]
-    done = ranks(2, "train.py", "trainer=ddp_cpu", *logged, *frozen, f"paths.output_dir={run}", "resume=auto")
+    several = ("trainer=cpu", "trainer.devices=2")  # without a word of DDP, which two devices mean
+    done = ranks(2, "train.py", *several, *logged, *frozen, f"paths.output_dir={run}", "resume=auto")
     assert [one.code for one in done] == [0, 0], done[0].err + done[1].err
     assert (done[1].out + done[1].err).strip() == "", "the first rank speaks for all"
     assert list((tmp_path / "runs").iterdir()) == [run]
