@@ -1,6 +1,6 @@
 """Judge a trained network, or an untrained one, on validation and test classes.
 
-    python evaluate.py ckpt=logs/train/runs/<stamp>/checkpoints/best.ckpt   # the figures that train.py printed, again
+    python evaluate.py ckpt=logs/train/runs/<stamp>/checkpoints/best.ckpt   # the figures that train.py printed, again (device= says where)
     python evaluate.py ckpt=logs/train/runs/<stamp>/bundle.safetensors dataset=omniglot   # on another data set
     python evaluate.py ckpt=logs/train/runs/<stamp>/bundle.safetensors 'also=[omniglot]'   # on several at once
     python evaluate.py dataset=glyphs encoder=conv4                         # no checkpoint: the untrained, or pretrained, row
@@ -31,6 +31,8 @@ def evaluate(config: dict) -> dict[str, float]:
     out, ckpt = Path(config["paths"]["output_dir"]), config["ckpt"]
     with as_input_error("report"):
         reporting.check_mode(config["report"])
+    with as_input_error("device"):
+        device = judging.device(config["device"])
     groups = [override.lstrip("+~").partition("=")[0] for override in config["overrides"]]
     if ckpt:
         for group in ("encoder", "distance"):
@@ -76,15 +78,18 @@ def evaluate(config: dict) -> dict[str, float]:
     record.write_json(out / "provenance.json", record.provenance(ROOT, fingerprints))
 
     started = time.perf_counter()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
     plain = judging.raw(model, data.val)
-    raw = judging.judge(plain, data, goal=goal, last=True)
-    judged = judging.judge(model, data, goal=goal, shown=True, last=not ckpt)
-    results = {"raw": raw["test"], **(judged if ckpt else {"untrained": judged["test"]})}
-    for name, samples in others.items():
-        for judge, row in ((plain, "raw"), (model, "test" if ckpt else "untrained")):
-            result = judging.judge_samples(judge, samples, judge.decision)
-            results[f"{name}/{row}"] = result if judge.decision else judging.without_fitted(result)
+    try:
+        model.to(device)
+        raw = judging.judge(plain, data, goal=goal, last=True)
+        judged = judging.judge(model, data, goal=goal, shown=True, last=not ckpt)
+        results = {"raw": raw["test"], **(judged if ckpt else {"untrained": judged["test"]})}
+        for name, samples in others.items():
+            for judge, row in ((plain, "raw"), (model, "test" if ckpt else "untrained")):
+                result = judging.judge_samples(judge, samples, judge.decision)
+                results[f"{name}/{row}"] = result if judge.decision else judging.without_fitted(result)
+    except torch.OutOfMemoryError:
+        raise InputError(f"device={config['device']}: the memory of this GPU does not suffice: say device=cpu") from None
     metrics = record.write(out, results, {"evaluate": time.perf_counter() - started})
     for note in [*list(judged.values())[-1].notes, *record.hardest(list(judged.values())[-1])]:
         log.info(note)

@@ -49,6 +49,29 @@ def test_the_best_checkpoint_gives_the_figures_of_training_again(command, tiny_r
     assert "test" in done.out
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("gpu", r"device: device=gpu is not known: take auto, cpu, cuda, or cuda:1"),
+        ("cuda:x", "is not known"),
+        ("cuda", r"device: device=cuda: this machine has no GPUs that torch can use\. Say device=cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(judge, tiny_run, monkeypatch, word, said):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(InputError, match=said):
+        judge(f"ckpt={tiny_run}/bundle.safetensors", f"device={word}")
+
+
+def test_a_gpu_that_is_too_small_is_told_of(judge, tiny_run, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Bundle, "embed", full)
+    with pytest.raises(InputError, match="the memory of this GPU does not suffice: say device=cpu"):
+        judge(f"ckpt={tiny_run}/bundle.safetensors", "device=cpu")
+
+
 def test_so_does_the_bundle(judge, tiny_run):
     assert figures(judge(f"ckpt={tiny_run}/bundle.safetensors")) == trained(tiny_run)
 

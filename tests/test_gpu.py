@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+from siamese import judging
 from siamese.bundle import Bundle
 from siamese.evaluation import evaluate
 from siamese.recognition import Recognizer
@@ -22,7 +23,20 @@ def run(fit, tmp_path_factory):
     return folder
 
 
-def test_a_run_is_judged_where_it_was_trained(run, fit, tmp_path):
+def test_a_run_is_judged_where_it_was_trained(fit, tmp_path, monkeypatch):
+    judged, judge = [], judging.judge_samples
+
+    def noting(model, *rest, **more):
+        judged.append(str(model.device))
+        return judge(model, *rest, **more)
+
+    monkeypatch.setattr(judging, "judge_samples", noting)
+    fit(tmp_path / "run", "trainer=gpu")
+    assert {*judged} == {"cpu", "cuda:0"}  # the raw input has no weights
+    assert judged.count("cuda:0") >= 3
+
+
+def test_figures_of_a_run_are_those_of_a_processor(run, fit, tmp_path):
     found = json.loads((run / "metrics.json").read_text())
     assert {"raw/recall_at_1", "untrained/recall_at_1", "test/recall_at_1", "test/omniglot_error"} <= found.keys()
     here = fit(tmp_path / "cpu", "trainer=cpu", "distance=learned", "loss=contrastive")

@@ -34,6 +34,15 @@ def patterns(classes: int, each: int, seed: int) -> Samples:
     return Samples(images, labels, [f"pattern {c}" for c in range(classes)], [f"split {seed}, row {i}" for i in range(len(labels))])
 
 
+def test_a_gpu_is_judged_on_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [str(judging.device(word)) for word in ("auto", "cpu", "cuda", "cuda:1")] == ["cuda", "cpu", "cuda", "cuda:1"]
+    with pytest.raises(ValueError, match="device=cuda:2: this machine has 2 GPUs"):
+        judging.device("cuda:2")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert judging.device("auto") == torch.device("cpu")
+
+
 class Patterns(Source):
     def __init__(self, tested: bool = True):
         self.tested, self.asked = tested, []

@@ -106,6 +106,23 @@ def raw(model: Bundle, samples: Samples) -> Bundle:
     return Bundle(parts, trust=tuple(part["_target_"].partition(".")[0] for part in parts.values()))  # trusted already: the model holds it
 
 
+def device(word: str) -> torch.device:
+    """Where to judge: "auto" is a GPU of CUDA if there is one, else the processor; or "cpu", "cuda", "cuda:1".
+
+    Raises:
+        ValueError: another word, or a GPU that is not there.
+    """
+    found = torch.cuda.device_count()
+    if word == "auto":
+        return torch.device("cuda" if found else "cpu")
+    kind, _, number = str(word).partition(":")
+    if word != "cpu" and (kind != "cuda" or (number and not number.isdecimal())):
+        raise ValueError(f"device={word} is not known: take auto, cpu, cuda, or cuda:1")
+    if kind == "cuda" and int(number or 0) >= found:
+        raise ValueError(f"device={word}: this machine has {found or 'no'} GPUs that torch can use. Say device=cpu")
+    return torch.device(word)
+
+
 def baselines(model: Bundle, data, test: bool, goal: str) -> dict[str, EvaluationResult]:
     """The rows beside a trained model, on the last split: `raw`, of the inputs themselves, and `untrained`, of the model as it is now."""
     rows = {"raw": raw(model, data.val), "untrained": model}
