@@ -207,7 +207,8 @@ class SiameseModule(L.LightningModule):
                 figures["train/miner_stage"] = float(list(miner.starts).index(miner.stage))
             if not self._told and not (loss.isfinite() and embeddings.isfinite().all()):
                 self._tell_of(loss, embeddings, batch)
-        if logged or self.trainer.is_last_batch:  # to log takes Lightning a millisecond
+        last = self.trainer.is_last_batch or self.global_step + 1 == self.trainer.max_steps
+        if logged or last:  # to log takes Lightning a millisecond
             self.log_dict({"train/loss": loss, **figures}, prog_bar=True, batch_size=len(batch.labels))
         return loss
 

@@ -2,6 +2,9 @@
 
 import logging
 import math
+import threading
+from functools import partial
+from types import SimpleNamespace
 
 import lightning.pytorch as L
 import numpy as np
@@ -11,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import ContrastiveLoss, TripletMarginLoss
+from torch.utils.data import DataLoader
 
-from siamese.data.module import Ahead
+from siamese.data.module import Ahead, SiameseData
 from siamese.data.samples import Samples
 from siamese.data.sampling import BalancedBatchSampler, PairDataset, TripletDataset, balanced, pairs, triplets
 
@@ -444,6 +448,25 @@ def test_batches_made_ahead_are_those_of_the_loader(monkeypatch):
     for _ in ahead:
         break  # as when a run ends in the middle of an epoch
     assert len(list(ahead)) == len(loader)
+
+
+def test_the_thread_pins_for_the_gpu_of_its_process(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((threading.get_ident(), device)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda inputs: seen.append((threading.get_ident(), "pinned")) or inputs)
+    assert len(list(Ahead(balanced(numbered([5] * 9), 0, 4, 3)))) == seen.count((seen[0][0], "pinned"))
+    assert seen[0] == (seen[0][0], 3)
+    assert seen[0][0] != threading.get_ident()
+
+
+@pytest.mark.parametrize(("device", "made"), [("cuda", Ahead), ("cpu", DataLoader)])
+def test_a_run_on_a_gpu_has_its_batches_made_ahead(device, made):
+    data = SiameseData(SimpleNamespace(split=lambda name: numbered([5] * 9)), partial(balanced, classes=4, samples_per_class=3))
+    strategy = SimpleNamespace(root_device=torch.device(device))
+    data.trainer = SimpleNamespace(global_rank=0, world_size=1, strategy=strategy)
+    assert type(data.train_dataloader()) is made
 
 
 def test_what_goes_wrong_while_a_batch_is_made_ahead_is_said(monkeypatch):

@@ -28,12 +28,14 @@ class Ahead:
 
     def __iter__(self) -> Iterator[Batch]:
         batches = iter(self.loader)
+        # A thread begins with the first GPU, where a process that has another one would take memory too.
+        mine = (torch.cuda.set_device, (torch.cuda.current_device(),)) if torch.cuda.is_available() else ()
 
         def pinned() -> Batch | None:
             batch = next(batches, None)
             return batch and batch._replace(inputs=batch.inputs.pin_memory())
 
-        with ThreadPoolExecutor(1) as thread:
+        with ThreadPoolExecutor(1, "batches", *mine) as thread:
             coming = thread.submit(pinned)
             while batch := coming.result():
                 coming = thread.submit(pinned)
