@@ -1,7 +1,7 @@
 """Texts: intents never trained on, ten examples of each of 150, questions of none, and product matching, before and after fine-tuning.
 
-    python scripts/benchmark_texts.py --json docs/texts.json         # with the encoder of conf/encoder/transformer.yaml, a download
-    python scripts/benchmark_texts.py --model FOLDER --check         # with one that is at hand; --full trains for longer
+    python scripts/benchmark_texts.py --check                        # with the encoder of conf/encoder/transformer.yaml, a download
+    python scripts/benchmark_texts.py --model FOLDER --full --json docs/texts.json   # with one that is at hand; all, for half an hour
 
 CLINC150 (Larson et al. 2019) and Abt-Buy (Mudgal et al. 2018) lie in SIAMESE_DATA_DIR. Published: of ten examples each of all 150 intents
 94.18 % (Zhang et al. 2021, arXiv:2109.06349); F1 on Abt-Buy 62.8 (DeepMatcher, Mudgal et al. 2018) and 89.3 (Ditto, Li et al. 2020,

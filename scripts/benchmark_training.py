@@ -5,8 +5,8 @@
     python scripts/benchmark_training.py --gpu --json docs/training_gpu.json  # two minutes of a GPU: ResNet-50 at 224 pixels
 
 A step is one of `python train.py loss=triplet miner=semihard`, conv4 on letters, 32 classes x 4: batch, augmentation, encoder, miner,
-loss, optimizer, schedule. Times are CPU seconds of one thread, in turn with what they are compared with, and medians; on a GPU wall
-time, until it has done what it was given.
+loss, optimizer, schedule. Times of steps are CPU seconds of one thread, in turn with what they are compared with, and medians; all
+others wall time, on a GPU until it has done what it was given.
 `docs/training.json` is what README.md shows (scripts/readme.py).
 """
 

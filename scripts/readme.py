@@ -4,6 +4,7 @@ python scripts/readme.py           # rewrite them in place
 python scripts/readme.py --check   # exit code 1 when they are out of date
 """
 
+import argparse
 import json
 import re
 import sys
@@ -188,9 +189,10 @@ def training() -> str:
     about = (
         "# What training costs",
         "",
-        "Written by `scripts/readme.py` from what `python scripts/benchmark_training.py --full --json docs/training.json` measured on two",
-        "cores with bfloat16, in turn with what it is compared with. In bold what misses its target: at least that of samples a second,",
-        "at most that of all else. `omniglot_quick` is timed from command to prompt, judged on Omniglot's official runs.",
+        "Written by `scripts/readme.py` from what `python scripts/benchmark_training.py --full --json docs/training.json` measured on a",
+        "processor with bfloat16: steps in CPU seconds of one thread, all else by the clock on two cores, in turn with what it is compared",
+        "with. In bold what misses its target: at least that of samples a second, at most that of all else. `omniglot_quick` is timed from",
+        "command to prompt, judged on Omniglot's official runs.",
         "",
         *measured("training", more=("samples",)),
         "",
@@ -233,7 +235,9 @@ PAGES = {
 if __name__ == "__main__":
     new = {README: render(README.read_text()), **{DOCS / f"{name}.md": write() for name, write in PAGES.items()}}
     old = {path: path.read_text() if path.is_file() else "" for path in new}
-    if "--check" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 when something is out of date")
+    if parser.parse_args().check:
         late = [str(path.relative_to(ROOT)) for path in new if old[path] != new[path]]
         sys.exit(f"out of date: {', '.join(late)}: run python scripts/readme.py" if late else 0)
     for path, text in new.items():

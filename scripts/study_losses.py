@@ -32,7 +32,7 @@ weights on, the shortest way out is to draw all embeddings together (FaceNet, se
 budget does not suffice to get out of it again. With `miner=scheduled` the same hard negatives come after the semi-hard ones.
 `miner=easy` keeps the triplets that are solved already, of which the loss is 0 as its margin is the miner's: nothing is learned,
 and weight decay and batch-norm statistics alone leave less than the untrained encoder has; it is for losses with another
-margin. Class-based losses (arcface ... proxy_anchor) spend a part of the small budget on their directions of the classes, and
+margin. Losses with weights for each class (arcface, proxy_anchor, soft_triple, ...) spend a part of the small budget on these, and
 `smooth_ap` and `sphereface` are known to want longer training.
 """
 

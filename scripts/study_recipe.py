@@ -142,6 +142,15 @@ def verdict(found: dict) -> str:
     )
 
 
+def changes(found: dict) -> str:
+    """What each row's name stands for, as words behind those of the recipe."""
+    base, lines = budget(EPOCHS), [f"Behind `python train.py {' '.join(budget(EPOCHS))}`:", "", "| | |", "| --- | --- |"]
+    for name, words in variants().items():
+        if name in found and (said := [word for word in words if word not in base]):
+            lines.append(f"| {name} | `{' '.join(said)}` |")
+    return "\n".join(lines)
+
+
 def page(found: dict) -> str:
     counts = [len(rows) for rows in found.values()]
     seeds = " to ".join(dict.fromkeys(map(str, (min(counts), max(counts)))))
@@ -156,7 +165,7 @@ Written by `python scripts/study_recipe.py`; the figures of each seed are in [re
 
 {table(found, [RECIPE, *(name for name in ranked(found, PARTS) if name != RECIPE)], RECIPE)}
 
-# Sampling or the encoder?
+## Sampling or the encoder?
 
 It is often said that the quality depends more on how pairs and triplets are sampled than on the architecture. The triplet loss
 throughout, all else as above:
@@ -168,6 +177,10 @@ throughout, all else as above:
 {table(found, ranked(found, ENCODERS), SEMIHARD)}
 
 {verdict(found)}
+
+## What is changed
+
+{changes(found)}
 """
 
 

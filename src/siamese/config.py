@@ -1,6 +1,6 @@
 """Compose a configuration, check it before anything heavy is imported, and build what it names.
 
-The only file besides the entry points that knows Hydra: everything below is given plain values.
+The only file besides the entry points and Hydra's own plugins that knows Hydra: everything below is given plain values.
 """
 
 import contextlib

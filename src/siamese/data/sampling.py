@@ -1,4 +1,4 @@
-"""How pairs and triplets are formed, which decides more than the encoder does.
+"""How pairs and triplets are formed.
 
 `balanced` draws P classes x K samples and leaves the tuples to the miner and the loss; `pairs` and `triplets` draw the
 tuples themselves, or hand out those that a file lists. Every draw follows from (seed, epoch) alone: nothing is stored, so
