@@ -21,18 +21,19 @@ from benchmark_default import ROOT, row
 
 # Background -> overrides of the run, published figures beside which it stands.
 LONG = "trainer.max_epochs={0} trainer.check_val_every_n_epoch={0}".format
-REDUCED = f"experiment=omniglot_record dataset.validation=others {LONG(60)}"
+REDUCED = f"experiment=omniglot_record dataset.validation=others {LONG(180)}"
 RECIPES = {
     "small1": f"{REDUCED} dataset.background=small1",
     "small2": f"{REDUCED} dataset.background=small2",
     "full": "experiment=omniglot_record",
-    "characters": "experiment=omniglot_record dataset.background=characters",
+    "characters": f"experiment=omniglot_record dataset.background=characters dataset.size=32 {LONG(20)}",
     "quick": "experiment=omniglot_quick",
 }
 SEEDS = {"quick": (0, 1, 2), "characters": (0, 1, 2)}
 TARGETS = {"small": 5.5, "full": 2.5, "quick": 6.5}  # percent of errors, a single view
 BETWEEN = {"oneshot_5way": 99.3, "fewshot_5way_5shot": 99.8, "oneshot_20way": 97.6, "fewshot_20way_5shot": 99.2}
 VIEWS = 16
+ALONE = ("logger=none", "report=none", "baselines=false", "check=off", "leakage=off")  # what is not measured here
 
 
 def embedded(folder: Path, views: int) -> list[tuple]:
@@ -106,7 +107,7 @@ def main() -> None:
     failed, rows, reduced = [], [], []
     for name, seeds in wanted.items():
         failed += study_losses.study(
-            arguments.runs.resolve(), {name: [*RECIPES[name].split(), "logger=none"]}, list(seeds), max(arguments.jobs, 1)
+            arguments.runs.resolve(), {name: [*RECIPES[name].split(), *ALONE]}, list(seeds), max(arguments.jobs, 1)
         )
     for line in failed:
         print(line, file=sys.stderr)
