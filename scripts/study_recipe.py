@@ -28,15 +28,8 @@ CLASSWISE = "augmentation.classwise"
 def budget(epochs: int) -> list[str]:
     return [
         *("experiment=omniglot_record", "dataset.size=32", "dataset.background=small1", "dataset.validation=others", "test=false"),
-        *(
-            "leakage=off",
-            "check=off",
-            "logger=none",
-            "report=none",
-            "baselines=false",
-            f"trainer.max_epochs={epochs}",
-            f"trainer.check_val_every_n_epoch={epochs}",
-        ),
+        *("leakage=off", "check=off", "logger=none", "report=none", "baselines=false"),
+        *(f"trainer.max_epochs={epochs}", f"trainer.check_val_every_n_epoch={epochs}"),
     ]
 
 
@@ -153,7 +146,8 @@ def verdict(found: dict) -> str:
 
 def changes(found: dict) -> str:
     """What each row's name stands for, as words behind those of the recipe."""
-    base, lines = budget(EPOCHS), [f"Behind `python train.py {' '.join(budget(EPOCHS))}`:", "", "| | |", "| --- | --- |"]
+    base = budget(EPOCHS)
+    lines = [f"Behind `python train.py {' '.join(base)}`:", "", "| | |", "| --- | --- |"]
     for name, words in variants().items():
         if name in found and (said := [word for word in words if word not in base]):
             lines.append(f"| {name} | `{' '.join(said)}` |")

@@ -1,5 +1,6 @@
 """Judge a model on classes it has never seen, and set the rows beside it that tell an easy data set from a good model."""
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -115,11 +116,10 @@ def device(word: str) -> torch.device:
     found = torch.cuda.device_count()
     if word == "auto":
         return torch.device("cuda" if found else "cpu")
-    kind, _, number = str(word).partition(":")
-    if word != "cpu" and (kind != "cuda" or (number and not number.isdecimal())):
-        raise ValueError(f"device={word} is not known: take auto, cpu, cuda, or cuda:1")
-    if kind == "cuda" and int(number or 0) >= found:
-        raise ValueError(f"device={word}: this machine has {found or 'no'} GPUs that torch can use. Say device=cpu")
+    if not (known := re.fullmatch(r"cpu|cuda(?::(\d+))?", str(word), re.ASCII)):
+        raise ValueError(f"{word} is not known: take auto, cpu, cuda, or cuda:1")
+    if word != "cpu" and int(known[1] or 0) >= found:
+        raise ValueError(f"{word} is not there, of GPUs that torch can use this machine has {found or 'none'}: say device=cpu")
     return torch.device(word)
 
 
